@@ -1,0 +1,132 @@
+"""The 1.5B recipe at 32,768 tokens on one GPU: train, save, SIGKILL, resume bit-identically, export, load elsewhere.
+
+    python bench/cpt_1.5b_32k.py WORK_FOLDER RESULT.json
+
+Random weights of Qwen2.5-1.5B's shape, text of the installed Python packages, deterministic kernels. The run is killed
+after it has gone past its checkpoint; the steps it had already done are compared, bit by bit, with the same steps
+after the resume. The exported Hugging Face folder is loaded by transformers and its logits compared with ours.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import torch
+
+from infir2.model.attention import causal_attention
+from infir2.model.config import from_hf
+from infir2.model.transformer import CausalLM
+from infir2.stages.convert import convert_model
+from infir2.stages.environment import environment
+from infir2.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+STEPS, SAVE_EVERY, KILL_AFTER = 10, 4, 6
+
+
+def main(work: Path, result_file: Path) -> None:
+    result = environment()
+    command = recipe_command(work)
+    result["recipe_command"] = ["infir2", "cpt", "recipes/cpt_1.5b.toml", *command[5:]]
+    timed(result, "prepare_s", lambda: prepare(work))
+    before = timed(result, "first_process_s", lambda: train_until_killed(command, work / "run"))
+    # Only the last step is saved again: 18 GB of checkpoint take longer than the steps between.
+    resume = [*command, "--train.save_every", "0"]
+    timed(result, "second_process_s", lambda: subprocess.run(resume, check=True))
+    after = train_lines(work / "run")
+    result["losses"] = [line["loss"] for line in after]
+    result["step_time_s"] = [round(line["step_time_s"], 3) for line in after]
+    result["peak_memory_gb"] = max(line["peak_memory_gb"] for line in after)
+    repeated = sorted({line["step"] for line in before if line["step"] > SAVE_EVERY})
+    result["steps_repeated_after_resume"] = repeated
+    keys = ("step", "loss", "grad_norm", "tokens", "valid_tokens", "lr")
+    pick = {line["step"]: [line[key] for key in keys] for line in after}
+    result["bit_identical"] = bool(repeated) and all(
+        [line[key] for key in keys] == pick[line["step"]] for line in before
+    )
+    timed(result, "export_s", lambda: convert_model(str(work / "run"), work / "hf"))
+    timed(result, "transformers_s", lambda: result.update(compare_with_transformers(work / "hf")))
+    result_file.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def recipe_command(work: Path) -> list[str]:
+    """The shipped recipe, with random weights and few, small steps."""
+    overrides = {
+        "run": work / "run",
+        "model": '{ preset = "qwen2.5-1.5b", vocab_size = 151936 }',
+        "data.sources": f'{{ "{work / "data"}" = 1.0 }}',
+        "optim.warmup_steps": 2,
+        "optim.decay_steps": 0,
+        "train.steps": STEPS,
+        "train.global_batch": 2,
+        "train.save_every": SAVE_EVERY,
+        "train.keep_every": 0,
+        "train.keep_checkpoints": 1,
+        "train.eval_every": 0,
+        "train.compile": "false",
+        "train.deterministic": "true",
+        "fp8.health_every": 0,
+    }
+    words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+    return [sys.executable, "-m", "infir2", "cpt", str(ROOT / "recipes/cpt_1.5b.toml"), *words]
+
+
+def prepare(work: Path) -> None:
+    text = sysconfig.get_path("stdlib")
+    words = ["--extensions", ".py", "--exclude", "site-packages", "--vocab-size", "16384", "--max-bytes", "16000000"]
+    subprocess.run([sys.executable, "-m", "infir2", "prepare", text, "--out", str(work / "data"), *words], check=True)
+
+
+def train_until_killed(command: list[str], run: Path) -> list[dict]:
+    """Train lines written before the kill, which comes after step KILL_AFTER and after the checkpoint is on disk."""
+    process = subprocess.Popen(command)
+    while process.poll() is None:
+        saved = (run / "checkpoints" / f"step-{SAVE_EVERY:06d}").exists()
+        if saved and len(train_lines(run)) >= KILL_AFTER:
+            os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.05)
+    if process.returncode != -signal.SIGKILL:
+        raise SystemExit(f"the first process ended by itself with {process.returncode}")
+    return train_lines(run)
+
+
+def train_lines(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    return [line for line in read_metrics(path) if line["kind"] == "train"] if path.exists() else []
+
+
+@torch.no_grad()
+def compare_with_transformers(folder: Path) -> dict:
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
+    with torch.device("meta"):
+        ours = CausalLM(from_hf(json.loads((folder / "config.json").read_text()), str(folder)))
+    ours.to_empty(device="cuda")
+    state = {name: value.float() for name, value in theirs.state_dict().items()}
+    ours.load_state_dict(state, strict=False)
+    ids = torch.arange(512, device="cuda")[None]
+    a = theirs(ids).logits.float()
+    b = ours(ids, ids, causal_attention).float()
+    return {
+        "transformers_parameters": sum(p.numel() for p in theirs.parameters()),
+        "logits_relative_difference": ((a - b).norm() / a.norm()).item(),
+        "logits_finite": bool(a.isfinite().all()),
+    }
+
+
+def timed(result: dict, key: str, work):
+    began = time.perf_counter()
+    value = work()
+    result[key] = round(time.perf_counter() - began, 1)
+    return value
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,126 @@
+"""What a recipe names under data.sources: a prepared folder or the prefix of a Megatron pair, as two token streams."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infir2.data.dataset import RECORD, Dataset, Split
+from infir2.data.megatron import TokenFile, with_ending
+from infir2.errors import DataError
+
+
+class Segment(NamedTuple):
+    """Tokens [start, stop) of one file, cut at document boundaries."""
+
+    file: TokenFile
+    start: int
+    stop: int
+
+
+class TokenStream:
+    """Segments end to end, addressed by one running token number."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._segments = [segment for segment in segments if segment.stop > segment.start]
+        sizes = [segment.stop - segment.start for segment in self._segments]
+        self._offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+        self.num_tokens = int(self._offsets[-1])
+
+    def tokens(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Ids [start, stop) as int64."""
+        parts = [file.tokens(first, last) for file, first, last, _ in self._pieces(start, stop)]
+        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+
+    def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Token numbers in [start, stop) at which a document begins, rising; empty documents leave no trace."""
+        found = [np.zeros(0, np.int64)]
+        for file, first, last, shift in self._pieces(start, stop):
+            low, high = np.searchsorted(file.document_offsets, (first, last))
+            found.append(file.document_offsets[low:high] + shift)
+        return np.unique(np.concatenate(found))
+
+    def file_at(self, token: int) -> Path:
+        """The .bin file that holds a token, for error messages."""
+        return self._segments[int(np.searchsorted(self._offsets, token, side="right")) - 1].file.bin_path
+
+    def _pieces(self, start: int, stop: int) -> list[tuple[TokenFile, int, int, int]]:
+        """(file, first, last, shift) for every file that [start, stop) touches; token number = file's token + shift."""
+        pieces = []
+        i = int(np.searchsorted(self._offsets, start, side="right")) - 1
+        while start < stop:
+            file, begin, _ = self._segments[i]
+            shift = int(self._offsets[i]) - begin
+            end = min(stop, int(self._offsets[i + 1]))
+            pieces.append((file, start - shift, end - shift, shift))
+            start, i = end, i + 1
+        return pieces
+
+
+@dataclass(frozen=True)
+class Source:
+    """One opened source."""
+
+    name: str
+    streams: dict[Split, TokenStream]
+    vocab_size: int | None
+    """Ids are below this; None for a Megatron pair, which does not say."""
+    eos_id: int | None
+    tokenizer_fingerprint: str | None
+    content_hash: str
+    """Changes when the tokens change."""
+
+
+def open_source(name: str, validation_fraction: float) -> Source:
+    """Open a prepared folder, or a Megatron pair whose last documents become the validation split.
+
+    Raises DataError when there is neither, or when a file is missing, truncated or inconsistent.
+    """
+    path = Path(name)
+    if path.suffix in (".bin", ".idx"):
+        path = path.with_name(path.name[:-4])
+    if path.is_dir():
+        return _open_prepared(name, path)
+    if with_ending(path, ".idx").exists() or with_ending(path, ".bin").exists():
+        return _open_pair(name, path, validation_fraction)
+    raise DataError(
+        f"data.sources: {name}: there is neither a folder made by `infir2 prepare` nor a Megatron pair "
+        f"({path.name}.bin and {path.name}.idx)"
+    )
+
+
+def _open_prepared(name: str, folder: Path) -> Source:
+    if not (folder / RECORD).exists():
+        raise DataError(f"{folder}: no {RECORD}: not a prepared data set. Make one: infir2 prepare TEXT --out {folder}")
+    dataset = Dataset(folder)
+    record = dataset.record
+    digest = hashlib.sha256()
+    streams = {}
+    for split, shards in record.splits.items():
+        streams[split] = TokenStream([Segment(file, 0, file.num_tokens) for file in dataset.files(split)])
+        digest.update("\n".join([split, *(f"{shard.bin_sha256} {shard.idx_sha256}" for shard in shards), ""]).encode())
+    fingerprint = record.tokenizer_fingerprint
+    return Source(name, streams, record.vocab_size, record.eos_id, fingerprint, digest.hexdigest())
+
+
+def _open_pair(name: str, prefix: Path, validation_fraction: float) -> Source:
+    file = TokenFile(prefix)
+    held_out = -int(-file.num_documents * validation_fraction // 1)  # rounded up
+    cut = int(file.document_offsets[file.num_documents - held_out])
+    streams: dict[Split, TokenStream] = {
+        "train": TokenStream([Segment(file, 0, cut)]),
+        "validation": TokenStream([Segment(file, cut, file.num_tokens)]),
+    }
+    return Source(name, streams, None, None, None, _pair_hash(file))
+
+
+def _pair_hash(file: TokenFile) -> str:
+    """Hash of the index and of 64 pages spread over the ids: hashing all of a brought corpus would take too long."""
+    digest = hashlib.sha256(file.idx_path.read_bytes())
+    for start in np.linspace(0, max(0, file.num_tokens - 1024), 64).astype(np.int64):
+        digest.update(file.tokens(int(start), min(int(start) + 1024, file.num_tokens)).tobytes())
+    return digest.hexdigest()

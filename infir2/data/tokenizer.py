@@ -1,0 +1,187 @@
+"""Tokenizers: load any Hugging Face tokenizer folder, train a byte-level BPE, turn documents into ids.
+
+transformers is imported only where a tokenizer is loaded. Nothing is downloaded and no code of a tokenizer's folder is
+ever run.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infir2.errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
+THINK_TOKENS = ("<think>", "</think>")
+"""Ordinary added tokens: they survive ``skip_special_tokens``, because rewards read the text between them."""
+MIN_VOCAB = 256 + len(SPECIAL_TOKENS) + len(THINK_TOKENS)
+
+CHAT_TEMPLATE = (Path(__file__).parent / "chatml.jinja").read_text(encoding="utf-8")
+"""ChatML, for tokenizers that have no template of their own."""
+
+_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "eos_token": END_OF_TEXT,
+    "pad_token": END_OF_TEXT,
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": 1 << 20,
+    "chat_template": CHAT_TEMPLATE,
+}
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
+)
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_BATCH_BYTES = 4 << 20
+T = TypeVar("T")
+
+
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a Hugging Face folder (model folders too), or of a bare tokenizer.json.
+
+    Raises DataError, naming the path, when there is none or it cannot be used.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(path)
+    bare = path if path.is_file() else path / "tokenizer.json"
+    try:
+        configured = any((path / name).is_file() for name in ("tokenizer_config.json", "config.json"))
+        # Without this check transformers makes an empty tokenizer for a model folder that has none.
+        if configured and any((path / name).is_file() for name in _VOCABULARY_FILES):
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+        elif bare.is_file():
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(bare))
+            if END_OF_TEXT in tokenizer.get_vocab():
+                tokenizer.eos_token = END_OF_TEXT
+        else:
+            raise DataError(f"{path}: no tokenizer: neither tokenizer.json nor another vocabulary file is there")
+    except DataError:
+        raise
+    except Exception as error:  # transformers and tokenizers raise many kinds, plain Exception included
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path}: the tokenizer cannot be loaded: {reason}") from None
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise DataError(f"{path}: this tokenizer has no fast (tokenizer.json) form")
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """One more than the highest id the tokenizer can give."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def end_of_document(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Id of the token put behind every document: the tokenizer's eos, else <|endoftext|>. DataError without both."""
+    if tokenizer.eos_token_id is not None:
+        return int(tokenizer.eos_token_id)
+    if (fallback := tokenizer.get_vocab().get(END_OF_TEXT)) is not None:
+        return int(fallback)
+    raise DataError(f"{tokenizer.name_or_path}: the tokenizer has neither an eos token nor {END_OF_TEXT}")
+
+
+def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """SHA-256 of the vocabulary (token, id): equal where ids mean the same, whatever the files look like."""
+    pairs = sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0]))
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def copy_tokenizer(path: str | Path, folder: Path) -> None:
+    """Copy a tokenizer's files (and nothing else of a model folder) into ``folder``, so that AutoTokenizer loads it."""
+    path = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {path.name: path} if path.is_file() else {name: path / name for name in _TOKENIZER_FILES}
+    for name, file in names.items():
+        if file.is_file():
+            shutil.copyfile(file, folder / ("tokenizer.json" if path.is_file() else name))
+    if not (folder / "tokenizer_config.json").is_file():
+        load_tokenizer(path).save_pretrained(str(folder))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Train a byte-level BPE and write it as a Hugging Face folder.
+
+    Digits stand alone and there is no normalisation: decoding gives back the exact text. ``vocab_size`` counts
+    everything; a small corpus may give fewer. Raises DataError below MIN_VOCAB.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < MIN_VOCAB:
+        raise DataError(f"vocab_size {vocab_size}: a byte-level tokenizer needs at least {MIN_VOCAB}")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    added = [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    added += [AddedToken(token, special=False, normalized=False) for token in THINK_TOKENS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(added),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.add_tokens(added)
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(_CONFIG, indent=2) + "\n", encoding="utf-8")
+
+
+def encode_documents(
+    backend: "Tokenizer", documents: Iterable[tuple[str, T]], eos_id: int, workers: int = 0
+) -> Iterator[tuple[NDArray[np.int32], T]]:
+    """(text, anything) -> (ids with eos_id behind them, int32; the same anything), in order.
+
+    Batches are spread over threads by the tokenizers library; ids do not depend on ``workers`` (0 = all cores).
+    Special tokens that stand in the text become their ids, as in every Hugging Face tokenizer.
+    """
+    backend.no_truncation()  # a tokenizer.json may ask for either; both would change the text
+    backend.no_padding()
+    with _threads(workers):
+        for batch in _batches(documents):
+            encodings = backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+            for encoding, (_, extra) in zip(encodings, batch):
+                yield np.array([*encoding.ids, eos_id], np.int32), extra
+
+
+def _batches(documents: Iterable[tuple[str, T]]) -> Iterator[list[tuple[str, T]]]:
+    batch: list[tuple[str, T]] = []
+    size = 0
+    for text, extra in documents:
+        batch.append((text, extra))
+        size += len(text)
+        if size >= _BATCH_BYTES or len(batch) >= 4096:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _threads(workers: int) -> Iterator[None]:
+    """The library takes its thread count from the environment: on/off at every call, the number only once."""
+    names = ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if workers == 1 else "true"
+    if workers > 1:
+        os.environ["RAYON_NUM_THREADS"] = str(workers)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,37 @@
+"""The errors that a user can cause. The command line prints them as one line, without a traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake the user can mend: what is wrong, where (file, key, line) and how to mend it.
+
+    The command line prints ``infir2: error: <message>`` and exits with ``exit_code``.
+    """
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A recipe or an override that cannot be used."""
+
+
+class DataError(UserError):
+    """Training data that is missing, broken or does not fit the recipe."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or model folder that is missing, damaged or does not fit the model."""
+
+
+class TrainingStopped(UserError):
+    """Training stopped itself, for a reason that is not a fault of the program."""
+
+    exit_code = 3
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``" Did you mean 'lr'?"`` where a known word is close, else an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,102 @@
+"""Scaled FP8 GEMM behind one signature: ``scaled_mm(a, b)`` = a @ b.T of two quantised operands.
+
+On Hopper and newer it is cuBLAS through ``torch.nn.functional.scaled_mm``, always with slow (float32) accumulation:
+fast accumulation loses three bits over 16,384 terms. Elsewhere, and for shapes that the hardware path cannot take, the
+operands are dequantised and multiplied: on a CPU in float32, on a GPU in bfloat16 with float32 sums.
+"""
+
+import torch
+from torch import Tensor
+
+from infir2.kernels import reference
+from infir2.kernels.reference import BLOCK
+
+# (a granularity, b granularity) that cuBLAS multiplies on Hopper -> torch's names for them.
+_CUBLAS_PAIRS = {
+    ("tile", "block"): ("BlockWise1x128", "BlockWise128x128"),
+    ("tile", "tile"): ("BlockWise1x128", "BlockWise1x128"),
+    ("channel", "channel"): ("RowWise", "RowWise"),
+    ("tensor", "tensor"): ("TensorWise", "TensorWise"),
+}
+
+
+def describe_backend(device: torch.device) -> tuple[str, str]:
+    """(name, reason) of the path that FP8 GEMMs take on this device: ``cublas`` or ``reference``."""
+    if device.type != "cuda":
+        return "reference", f"{device.type} has no FP8 GEMM: operands are dequantised and multiplied in float32"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) == (9, 0):
+        return "cublas", "compute capability 9.0: cuBLAS multiplies every granularity natively"
+    return "reference", (
+        f"compute capability {major}.{minor}: block-scaled FP8 GEMMs need 9.0 (Hopper); "
+        "operands are dequantised and multiplied in bfloat16"
+    )
+
+
+def unsupported_reason(rows: int, contraction: int) -> str | None:
+    """Why the hardware path cannot take an operand of this shape, or None where it can."""
+    for name, size in (("rows", rows), ("contraction", contraction)):
+        if size % BLOCK:
+            return f"{name} {size} is not a multiple of {BLOCK}"
+    return None
+
+
+@torch.library.custom_op("infir2::scaled_mm", mutates_args=())
+def scaled_mm(
+    a: Tensor,
+    a_scale: Tensor,
+    a_granularity: str,
+    b: Tensor,
+    b_scale: Tensor,
+    b_granularity: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """a @ b.T: codes [M, K] and [N, K] with their scales -> [M, N] in ``out_dtype`` (bfloat16 or float32).
+
+    Sums are float32. Scales as made by ``infir2.kernels.quantize``.
+    """
+    if not a.is_cuda:
+        return reference.scaled_mm(a, a_scale, a_granularity, b, b_scale, b_granularity, out_dtype)
+    if not _cublas_takes(a, b, a_granularity, b_granularity):
+        left = reference.dequantize(a, a_scale, a_granularity, torch.bfloat16)
+        right = reference.dequantize(b, b_scale, b_granularity, torch.bfloat16)
+        return torch.mm(left, right.T, out_dtype=out_dtype) if out_dtype == torch.float32 else left @ right.T
+    # With row-wise scales cuBLAS writes bfloat16 only.
+    native = torch.bfloat16 if a_granularity == "channel" else out_dtype
+    types = torch.nn.functional.ScalingType
+    recipe_a, recipe_b = (getattr(types, name) for name in _CUBLAS_PAIRS[(a_granularity, b_granularity)])
+    out = torch.nn.functional.scaled_mm(
+        a, b.T, a_scale, recipe_a, _right_scale(b_scale, b_granularity), recipe_b, output_dtype=native
+    )
+    return out.to(out_dtype)
+
+
+@scaled_mm.register_fake
+def _(
+    a: Tensor,
+    a_scale: Tensor,
+    a_granularity: str,
+    b: Tensor,
+    b_scale: Tensor,
+    b_granularity: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return torch.empty(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device)
+
+
+def _cublas_takes(a: Tensor, b: Tensor, a_granularity: str, b_granularity: str) -> bool:
+    return (
+        (a_granularity, b_granularity) in _CUBLAS_PAIRS
+        and torch.cuda.get_device_capability(a.device) == (9, 0)
+        and unsupported_reason(a.shape[0], a.shape[1]) is None
+        and unsupported_reason(b.shape[0], b.shape[1]) is None
+    )
+
+
+def _right_scale(scale: Tensor, granularity: str) -> Tensor:
+    """The right operand's scales as torch expects them for b.T; block scales want rows of a multiple of four."""
+    if granularity == "block":
+        return torch.nn.functional.pad(scale, (0, -scale.shape[1] % 4)).contiguous().T
+    if granularity == "channel":
+        return scale.T
+    return scale

@@ -1,0 +1,183 @@
+"""The decoder: embedding, layers of attention and SwiGLU, norm, output head.
+
+Parameters are float32 masters under Hugging Face's names. The compute dtype is that of the hidden states: every layer
+casts its weight to it, and the residual stream stays in it. One device; FP8, checkpointing, compilation and sharding
+are applied to these modules from outside.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infir2.model.attention import Attend
+from infir2.model.config import ModelConfig
+from infir2.model.rotary import Rotary, rotate
+
+Head = Callable[[Tensor, Tensor], Any]
+"""``head(hidden [batch, length, hidden], weight [vocabulary, hidden])``: a loss that needs no logits."""
+
+
+class Linear(nn.Linear):
+    """y = x Wᵀ + b in the dtype of x, with float32 master weights."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias, dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension: normalised in float32, scaled in the dtype of x."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * normalised.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps:g}"
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; Qwen3 also normalises each head's queries and keys."""
+
+    def __init__(self, config: ModelConfig, layer_index: int) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        self.head_dim = config.head_dim
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=config.o_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        # The number of heads is what is left over: tensor parallelism gives each device a part of them.
+        q, k, v = (proj(hidden).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.layer_index)
+        return self.o_proj(out.flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer_index: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer_index)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """[batch, length, hidden] -> the same; ``cos`` and ``sin`` are float32 [batch, length, head_dim / 2]."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Decoder(nn.Module):
+    """Token ids -> normalised hidden states of the last layer."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.compute_dtype = compute_dtype
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=torch.float32)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+        """int64 [batch, length] ids and positions -> [batch, length, hidden] in the compute dtype."""
+        hidden = self.embed_tokens(input_ids).to(self.compute_dtype)
+        cos, sin = self.rotary(position_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, cos, sin, attend)
+        return self.norm(hidden)
+
+
+class CausalLM(nn.Module):
+    """A language model: decoder and output head.
+
+    Build a large model under ``torch.device("meta")``, then call ``to_empty(device=...)`` and ``init_weights(seed)`` or
+    ``load_state_dict``. With tied embeddings ``lm_head.weight`` is ``model.embed_tokens.weight`` and stays so.
+    """
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, compute_dtype)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self._tie()
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attend: Attend, head: Head | None = None) -> Any:
+        """Logits [batch, length, vocabulary] in the compute dtype, or what ``head`` makes of the hidden states.
+
+        ``input_ids`` and ``position_ids`` are int64 [batch, length]; ``attend`` is a back end of infir2.model.attention
+        or one with the same signature.
+        """
+        hidden = self.model(input_ids, position_ids, attend)
+        return self.lm_head(hidden) if head is None else head(hidden, self.lm_head.weight)
+
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole float32 tensor on the CPU) of every parameter, tied ones once.
+
+        Each is drawn from a generator of its own, so the values depend on (seed, name, shape) alone and not on the
+        order, the device or the sharding. Weights are normal with the config's standard deviation.
+        """
+        for name, parameter in self.named_parameters():
+            yield name, _initial_value(name, parameter.shape, self.config.initializer_range, seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill the (whole, unsharded) parameters with ``initial_values(seed)``."""
+        parameters = dict(self.named_parameters())
+        for name, value in self.initial_values(seed):
+            parameters[name].copy_(value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CausalLM":
+        # Moving off the meta device makes every module a new parameter, which would untie the head.
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
+
+    def _tie(self) -> None:
+        if self.config.tie_word_embeddings and self.lm_head.weight is not self.model.embed_tokens.weight:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+
+def _initial_value(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
+    """Ones for norms, zeros for biases, else normal numbers from a generator seeded by (seed, name)."""
+    if name.endswith("bias"):
+        return torch.zeros(shape, device="cpu")
+    if "norm" in name:
+        return torch.ones(shape, device="cpu")
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)

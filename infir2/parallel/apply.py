@@ -1,0 +1,67 @@
+"""Spread a single-device model over the world, from outside and in one order: compile, checkpointing, FSDP2."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from infir2.parallel.runtime import World
+
+
+def parallelize(
+    model: nn.Module,
+    layers: nn.ModuleList,
+    world: World,
+    *,
+    gather_dtype: torch.dtype = torch.float32,
+    activation_checkpointing: bool = False,
+    compile_layers: bool = False,
+    reshard_after_forward: bool = True,
+) -> None:
+    """Apply compilation and activation checkpointing to every decoder layer, then shard (in place).
+
+    FSDP2 keeps parameters, gradients and optimiser state as float32 shards, gathers parameters in ``gather_dtype``
+    and sums gradients in float32 without dividing: the loss is already normalised by the global token count. Gathered
+    in float32 a layer computes what it computes in a single process; in bfloat16, which moves half the bytes, every
+    process also rounds its part of the gradient to bfloat16.
+    """
+    if compile_layers:
+        # One process may compile many variants of a layer: recipes, shapes, training and evaluation, several runs.
+        torch._dynamo.config.recompile_limit = 64
+    for layer in layers:
+        # Rebinding the method leaves the names in the state dict as they are. The compiled code goes inside the
+        # checkpoint: around it, torch.compile finds nothing it can compile and runs the layer eagerly without a word.
+        if compile_layers:
+            layer.forward = torch.compile(layer.forward)
+        if activation_checkpointing:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if world.mesh is None:
+        return
+    policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in layers:
+        fully_shard(layer, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # A plain sum: else FSDP2 asks for a premultiplied one, which gloo does not have.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def set_gradient_sync(model: nn.Module, sync: bool) -> None:
+    """Reduce gradients over the world after the next backward pass, or keep accumulating them locally."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(sync)
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Write a full tensor into a parameter, sharded or not."""
+    if isinstance(parameter, DTensor):
+        full = value.to(device=parameter.device, dtype=parameter.dtype)
+        parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
+    else:
+        parameter.copy_(value)

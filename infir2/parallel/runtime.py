@@ -1,0 +1,91 @@
+"""The world a run lives in: one process, or the processes that torchrun started."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from infir2.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None
+    """None in a single process; else 1-D (shard) or 2-D (replicate, shard)."""
+
+    @property
+    def replicas(self) -> int:
+        """Processes that hold the same shard: the copies of the sharded model."""
+        return self.mesh.size(0) if self.mesh is not None and self.mesh.ndim == 2 else 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        """Sum over all processes, in place; a no-op in a single process."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def world(replicate: int = 1, timeout_minutes: float = 30.0) -> Iterator[World]:
+    """Join torchrun's process group if there is one; leave it at the end.
+
+    Raises ConfigError where ``replicate`` does not divide the number of processes.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    device = _device(int(os.environ.get("LOCAL_RANK", "0")))
+    if size % replicate:
+        raise ConfigError(f"parallel.replicate ({replicate}) does not divide the {size} process(es) of this run")
+    if size == 1:
+        yield World(0, 1, device, None)
+        return
+    _join(device, timeout_minutes)
+    try:
+        if replicate == 1:
+            mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+        else:
+            shape = (replicate, size // replicate)
+            mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+        yield World(rank, size, device, mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join(device: torch.device, timeout_minutes: float) -> None:
+    """Every attempt gets its own key space: after an in-job restart torchrun's store still holds dead addresses."""
+    store, rank, size = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(minutes=timeout_minutes),
+    )

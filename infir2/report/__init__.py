@@ -1,0 +1,5 @@
+"""From the metrics of one or several runs to one HTML file that needs nothing but a browser."""
+
+from infir2.report.html import write_report
+
+__all__ = ["write_report"]

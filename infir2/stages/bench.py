@@ -1,0 +1,71 @@
+"""Measure FP8 against BF16 side by side, in one process: `infir2 bench {step,gemm,quantize}`.
+
+step      forward, forward + backward and optimiser of a whole model with random weights, in each precision
+gemm      the three GEMMs of every linear shape of a model
+quantize  the quantiser's kernels: bytes read and written over time
+
+Figures are medians. --json writes them with command, commit, device and versions.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+PRECISIONS = ("bf16", "blockwise", "hybrid", "rowwise", "tensorwise")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=["step", "gemm", "quantize"])
+    parser.add_argument("--model", default="qwen2.5-1.5b", help="preset whose shapes are used (qwen2.5-1.5b)")
+    parser.add_argument("--batch", type=int, default=2, help="sequences (2)")
+    parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence (8192)")
+    parser.add_argument("--layers", type=int, default=0, help="decoder layers (0 = the model's)")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16", "blockwise", "hybrid"])
+    parser.add_argument("--peers", nargs="+", choices=["hf"], default=[], help="step: other implementations to measure")
+    parser.add_argument("--optimizer", action="store_true", help="step: AdamW as well")
+    parser.add_argument("--checkpointing", action="store_true", help="step: full activation checkpointing")
+    parser.add_argument("--no-compile", action="store_true", help="step: leave layers uncompiled")
+    parser.add_argument("--repeats", type=int, default=10, help="timed repetitions (10)")
+    parser.add_argument("--profile", action="store_true", help="step: where the time goes, by kernel family (GPU)")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from infir2.stages import bench_kernels, bench_step
+    from infir2.stages.environment import environment
+
+    rows: list[dict[str, Any]]
+    if args.what == "step":
+        rows = bench_step.run(args)
+    else:
+        rows = bench_kernels.gemm(args) if args.what == "gemm" else bench_kernels.quantize(args)
+    for title, keys in _tables(rows):
+        table = Table(title=title or f"bench {args.what}: {args.model}, {args.batch} x {args.length}")
+        for key in keys:
+            table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*(_text(row.get(key)) for key in keys))
+        Console().print(table)
+    if args.json:
+        record = {**environment(), "rows": rows}
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """(title, columns) of the tables to print: speed and memory of a step do not fit one terminal line."""
+    keys = [key for key, value in rows[0].items() if not isinstance(value, dict)]
+    if "forward ms" not in keys:
+        return [("", keys)]
+    shares = [key for key in keys if key.endswith("speed-up")]
+    times = [key for key in keys if key.endswith(" ms")]
+    others = [key for key in keys[1:] if key not in times and key not in shares]
+    return [("", [keys[0], *times, *shares]), ("throughput and memory", [keys[0], *others])]
+
+
+def _text(value: Any) -> str:
+    return f"{value:,.2f}" if isinstance(value, float) else "-" if value is None else str(value)

@@ -1,0 +1,209 @@
+"""`infir2 bench step`: time and memory of one training step of a model with random weights."""
+
+import argparse
+import dataclasses
+import gc
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infir2.config import OptimSection
+from infir2.fp8.convert import convert, refresh_weights
+from infir2.fp8.recipe import recipe_named
+from infir2.kernels.logprob import cross_entropy_sum
+from infir2.model.attention import causal_attention
+from infir2.model.config import ModelConfig
+from infir2.model.presets import preset
+from infir2.model.transformer import CausalLM
+from infir2.parallel.apply import parallelize
+from infir2.parallel.runtime import World, world
+from infir2.train.optimizer import build_optimizer
+
+# Kernel families of --profile: the first pattern that a kernel's name matches.
+_FAMILIES = (
+    ("attention", r"cudnn|flash|fmha|sdpa|attention"),
+    ("quantise", r"_tile_kernel|_cast_kernel|_amax_kernel"),
+    ("gemm fp8", r"e4m3|fp8|f8"),
+    ("gemm bf16", r"gemm|nvjet|cutlass|sm90_xmma|matmul"),
+    ("optimiser", r"adam"),
+    ("elementwise", r""),
+)
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a precision, then one a peer; ratios are to the first row."""
+    config = preset(args.model)
+    config = dataclasses.replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
+    rows: list[dict[str, Any]] = []
+    with world() as here:
+        for name in args.precisions:
+            with _fresh_memory(here.device):
+                rows.append(_measure(f"infir2 {name}", _ours(config, name, here, args), config, here, args))
+        for name in args.peers:
+            with _fresh_memory(here.device):
+                rows.append(_measure(name, _transformers(config, here, args), config, here, args))
+    for row in rows:
+        row["speed-up"] = rows[0]["step ms"] / row["step ms"]
+        row["forward speed-up"] = rows[0]["forward ms"] / row["forward ms"]
+    return rows
+
+
+def _ours(config: ModelConfig, precision: str, here: World, args: argparse.Namespace) -> tuple[nn.Module, Callable]:
+    with torch.device("meta"):
+        model = CausalLM(config)
+    convert(model, recipe_named(precision))
+    parallelize(
+        model,
+        model.model.layers,
+        here,
+        activation_checkpointing=args.checkpointing,
+        compile_layers=not args.no_compile,
+    )
+    model.to_empty(device=here.device)
+    _randomise(model)
+    refresh_weights(model)
+
+    def forward(ids: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        head = partial(_head, labels=labels)
+        return model(ids, positions, causal_attention, head=head) / labels.numel()
+
+    return model, forward
+
+
+def _head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy_sum(hidden.flatten(0, 1), weight, labels.flatten())
+
+
+def _transformers(config: ModelConfig, here: World, args: argparse.Namespace) -> tuple[nn.Module, Callable]:
+    """Hugging Face Transformers in bfloat16, as people run it: eager, SDPA."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    table = config.to_hf()
+    hf_config = AutoConfig.for_model(table.pop("model_type"), **table)
+    with torch.device(here.device):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    if args.checkpointing:
+        model.gradient_checkpointing_enable()
+
+    def forward(ids: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        return model(input_ids=ids, labels=ids, position_ids=positions, use_cache=False).loss
+
+    return model, forward
+
+
+def _measure(
+    name: str, built: tuple[nn.Module, Callable], config: ModelConfig, here: World, args: argparse.Namespace
+) -> dict[str, Any]:
+    model, forward = built
+    shape = (args.batch, args.length)
+    ids = torch.randint(0, config.vocab_size, shape, device=here.device)
+    labels = torch.randint(0, config.vocab_size, shape, device=here.device)
+    inputs = (ids, labels, torch.arange(args.length, device=here.device).expand(shape))
+
+    def step() -> None:
+        forward(*inputs).backward()
+        model.zero_grad(set_to_none=True)
+
+    for _ in range(2):  # compile, warm up
+        step()
+    fwd = _median_ms(lambda: forward(*inputs), here, args.repeats)
+    _reset_peak(here)
+    both = _median_ms(step, here, args.repeats)
+    tokens = args.batch * args.length
+    row: dict[str, Any] = {
+        "what": name,
+        "forward ms": fwd,
+        "backward ms": both - fwd,
+        "step ms": both,
+        "tokens/s": tokens / both * 1e3,
+        "model TFLOP/s": config.flops_per_token(args.length) * tokens / both / 1e9,
+        "peak GiB": _peak_gib(here),
+    }
+    if args.optimizer:
+        row |= _with_optimizer(model, forward, inputs, here, args)
+    if args.profile and here.device.type == "cuda":
+        row["profile ms"] = _profile(step)
+    return row
+
+
+def _with_optimizer(
+    model: nn.Module, forward: Callable, inputs: tuple[Tensor, ...], here: World, args: argparse.Namespace
+) -> dict[str, Any]:
+    optimizer = build_optimizer(model, OptimSection(lr=1e-5))
+
+    def full() -> None:
+        forward(*inputs).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    full()
+    _reset_peak(here)
+    return {"with AdamW ms": _median_ms(full, here, args.repeats), "with AdamW GiB": _peak_gib(here)}
+
+
+def _median_ms(work: Callable[[], Any], here: World, repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        _synchronise(here)
+        began = time.perf_counter()
+        work()
+        _synchronise(here)
+        times.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(times)
+
+
+def _profile(step: Callable[[], None]) -> dict[str, float]:
+    """Milliseconds on the GPU by kernel family, and the share of the step in which a kernel ran."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        torch.cuda.synchronize()
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    families: dict[str, float] = dict.fromkeys((name for name, _ in _FAMILIES), 0.0)
+    for event in events:
+        family = next(name for name, pattern in _FAMILIES if re.search(pattern, event.name, re.IGNORECASE))
+        families[family] += event.time_range.elapsed_us() / 1e3
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events)
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return {**families, "busy share": busy / (reached - spans[0][0])}
+
+
+@torch.no_grad()
+def _randomise(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, 0.02)
+
+
+@contextmanager
+def _fresh_memory(device: torch.device) -> Iterator[None]:
+    yield
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _synchronise(here: World) -> None:
+    if here.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _reset_peak(here: World) -> None:
+    if here.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_gib(here: World) -> float | None:
+    return torch.cuda.max_memory_allocated() / 2**30 if here.device.type == "cuda" else None

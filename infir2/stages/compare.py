@@ -1,0 +1,130 @@
+"""Is FP8 as good as BF16? `infir2 compare RECIPE` trains pairs that differ in precision alone, and says.
+
+For every seed the recipe is trained once in each precision, with the same first weights and the same batches. The
+answer is the mean relative difference of the final held-out losses with a 95 % confidence interval over the seeds.
+Finished runs are not repeated; an interrupted one is resumed.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from infir2.config import CptConfig, load
+from infir2.errors import ConfigError
+
+ACCEPTS_OVERRIDES = True
+
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a CPT recipe; its run key names the folder")
+    parser.add_argument(
+        "--precisions", nargs="+", default=["bf16", "blockwise", "hybrid"], metavar="NAME",
+        help="FP8 recipes to compare; the first is the baseline (bf16 blockwise hybrid)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help="seeds (1 2 3)")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+
+
+def run(args: argparse.Namespace) -> int:
+    from infir2.parallel.runtime import world
+    from infir2.report import write_report
+    from infir2.stages.cpt import train_cpt
+    from infir2.stages.environment import environment
+
+    config = load(CptConfig, args.recipe, args.overrides)
+    if not config.train.eval_every:
+        raise ConfigError(f"{args.recipe}: train.eval_every is 0, but the held-out loss is what is compared")
+    with world() as here:
+        for seed in args.seeds:
+            for name in args.precisions:
+                one = variant(config, name, seed)
+                if not train_cpt(one, here):
+                    print(f"stopped on request; run the same command to resume {one.run}")
+                    return 143
+    folder = Path(config.run)
+    recipe = config.model_dump(mode="json", exclude={"run"})
+    result = {**environment(), "recipe": recipe, **summarise(folder, args.precisions, args.seeds)}
+    for path in filter(None, (folder / "compare.json", args.json)):
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    first = [Path(variant(config, name, args.seeds[0]).run) for name in args.precisions]
+    write_report(first, folder / "report.html", labels=args.precisions)
+    for name in args.precisions[1:]:
+        row = result["difference"][name]
+        interval = f"{row['low95']:+.3%} to {row['high95']:+.3%}" if row["low95"] is not None else "needs two seeds"
+        print(
+            f"{name} against {args.precisions[0]}: held-out loss {row['mean']:+.3%}, 95 % interval {interval}, "
+            f"{len(row['pairs'])} seed(s)"
+        )
+    print(f"written to {folder}/compare.json and {folder}/report.html")
+    return 0
+
+
+def summarise(folder: Path, precisions: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Final losses, paired differences to the first precision, and loss curves of the runs in ``folder``.
+
+    A run that did not reach the last step of the longest one is left out, and with it its pair.
+    """
+    curves = {name: {seed: _curve(folder / f"{name}-seed{seed}") for seed in seeds} for name in precisions}
+    last = max(curve["step"][-1] for runs in curves.values() for curve in runs.values())
+    finals: dict[str, dict[int, float]] = {
+        name: {seed: c["held_out"][-1][1] for seed, c in runs.items() if c["held_out"] and c["held_out"][-1][0] == last}
+        for name, runs in curves.items()
+    }
+    baseline = finals[precisions[0]]
+    differences = {}
+    for name in precisions[1:]:
+        paired = [seed for seed in seeds if seed in baseline and seed in finals[name]]
+        pairs = paired_difference([baseline[s] for s in paired], [finals[name][s] for s in paired])
+        differences[name] = {"seeds": paired, **asdict(pairs)}
+    return {"baseline": precisions[0], "held_out_loss": finals, "difference": differences, "curves": curves}
+
+
+def _curve(run: Path) -> dict[str, list]:
+    from infir2.train.metrics import read_metrics
+
+    lines = read_metrics(run / "metrics.jsonl")
+    train = [line for line in lines if line["kind"] == "train"]
+    return {
+        "step": [line["step"] for line in train],
+        "loss": [round(line["loss"], 5) for line in train],
+        "held_out": [[line["step"], line["eval_loss"]] for line in lines if line["kind"] == "eval"],
+    }
+
+
+def variant(config: CptConfig, precision: str, seed: int) -> CptConfig:
+    """The recipe in one precision, with one seed, in a folder of its own."""
+    table: dict[str, Any] = config.model_dump()
+    table["fp8"]["recipe"] = precision
+    table["train"]["seed"] = seed
+    table["run"] = str(Path(config.run) / f"{precision}-seed{seed}")
+    return CptConfig.model_validate(table)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Relative difference of paired losses, as a fraction of the baseline's."""
+
+    mean: float
+    low95: float | None
+    high95: float | None
+    """The 95 % confidence interval; None where there is one pair only."""
+    pairs: list[float]
+
+
+def paired_difference(baseline: Sequence[float], other: Sequence[float]) -> Difference:
+    """Mean of other / baseline - 1 over the pairs, with its 95 % confidence interval (Student's t)."""
+    pairs = [b / a - 1.0 for a, b in zip(baseline, other, strict=True)]
+    mean = statistics.fmean(pairs)
+    if len(pairs) < 2:
+        return Difference(mean, None, None, pairs)
+    t = _T95[len(pairs) - 2] if len(pairs) - 2 < len(_T95) else 1.96
+    half = t * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return Difference(mean, mean - half, mean + half, pairs)

@@ -1,0 +1,198 @@
+"""Convert a model: run or checkpoint, Hugging Face folder, FP8 Hugging Face folder, each into each.
+
+SOURCE is a run folder (its newest intact checkpoint is taken), a checkpoint folder, or a Hugging Face folder with
+plain or FP8 weights. --to hf writes bfloat16 safetensors, --to fp8 E4M3 codes with 128 x 128 block scales, --to dcp a
+folder that init.checkpoint accepts with init.keep_optimizer = false.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from infir2.errors import ConfigError
+
+if TYPE_CHECKING:
+    from infir2.checkpoint.convert import Report, Written
+    from infir2.checkpoint.export_fp8 import Fp8Export
+    from infir2.checkpoint.model_source import ModelSource
+
+Format = Literal["hf", "fp8", "dcp"]
+SHOW_PROGRESS_AFTER = 2.0
+"""Seconds."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to convert; the command line has the same names. None means the default that ``add_arguments`` tells."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    scale_format: Literal["ue8m0", "fp32"] | None = None
+    scale_dtype: Literal["fp32", "e8m0"] | None = None
+    tokenizer: Path | None = None
+    max_shard_gb: float = 5.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="run, checkpoint or Hugging Face folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist or be empty")
+    parser.add_argument("--to", choices=["hf", "fp8", "dcp"], default="hf", help="format to write (default: hf)")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="with --to hf (default: bfloat16; what is stored where the source is a plain Hugging Face folder)",
+    )
+    parser.add_argument(
+        "--scale-format",
+        choices=["ue8m0", "fp32"],
+        help="with --to fp8: powers of two, or amax / 448 (default: as the run trained, ue8m0 for other sources)",
+    )
+    parser.add_argument(
+        "--scale-dtype",
+        choices=["fp32", "e8m0"],
+        help="with --to fp8: dtype that scales are stored in; e8m0 holds powers of two only (default: fp32)",
+    )
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one that goes with SOURCE)")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest safetensors file (default: 5)")
+
+
+def run(args: argparse.Namespace) -> int:
+    options = Options(args.dtype, args.scale_format, args.scale_dtype, args.tokenizer, args.max_shard_gb)
+    convert_model(args.source, args.out, args.to, options, Console(highlight=False, soft_wrap=True))
+    return 0
+
+
+def convert_model(
+    source: str, out: Path, to: Format = "hf", options: Options | None = None, console: Console | None = None
+) -> "Written":
+    """Convert ``source`` into the new folder ``out``; see ``add_arguments``.
+
+    Raises CheckpointError for a source that is not whole, an ``out`` that is not empty, a full disk, and ConfigError
+    for options that do not belong together. ``out`` is then as it was.
+    """
+    import dataclasses
+
+    import torch
+
+    from infir2.checkpoint.huggingface import require_new
+    from infir2.checkpoint.model_source import open_source
+
+    options, console, started = options or Options(), console or Console(quiet=True), time.monotonic()
+    _check(options, to)
+    require_new(out)  # Before a source of many GB is verified.
+    wide = to == "dcp" or options.dtype == "float32"
+    model = open_source(source, torch.float32 if wide else torch.bfloat16)
+    if options.tokenizer is not None:
+        model = dataclasses.replace(model, tokenizer=options.tokenizer)
+    parameters, read = model.architecture.num_parameters(), model.tensors.nbytes
+    console.print(f"{model.path}: {_KINDS[model.kind]}, {model.architecture.model_type}, {parameters:,} parameters")
+    written = _convert(model, out, to, options, console)
+    seconds = time.monotonic() - started
+    console.print(
+        f"{out}: {written.tensors} tensors, {written.nbytes:,} bytes written from {read:,} in {seconds:.1f} s "
+        f"({(read + written.nbytes) / seconds / 1e9:.2f} GB/s read and written)"
+    )
+    return written
+
+
+_KINDS = {"hf": "Hugging Face folder", "fp8": "FP8 Hugging Face folder", "dcp": "training checkpoint"}
+
+
+def _check(options: Options, to: Format) -> None:
+    for name, belongs in (("dtype", "hf"), ("scale_format", "fp8"), ("scale_dtype", "fp8")):
+        if getattr(options, name) is not None and to != belongs:
+            raise ConfigError(f"--{name.replace('_', '-')}: only with --to {belongs}")
+    if not options.max_shard_gb > 0:
+        raise ConfigError(f"--max-shard-gb {options.max_shard_gb}: must be above 0")
+
+
+def _convert(model: "ModelSource", out: Path, to: Format, options: Options, console: Console) -> "Written":
+    import torch
+
+    from infir2.checkpoint.convert import to_checkpoint, to_fp8, to_hf
+    from infir2.stages.model_card import model_card
+
+    limit = int(options.max_shard_gb * 1e9)
+    export = plan(model, options) if to == "fp8" else None
+    if export is not None:
+        for line in _export_lines(export):
+            console.print(line)
+    with _progress(console) as report:
+        if to == "dcp":
+            return to_checkpoint(model, out, _starting_facts(model), report)
+        if export is not None:
+            return to_fp8(model, out, export, model_card(model, export), report, limit)
+        dtype = getattr(torch, options.dtype) if options.dtype else None
+        return to_hf(model, out, dtype, model_card(model, None), report, limit)
+
+
+def plan(model: "ModelSource", options: Options) -> "Fp8Export":
+    """What is quantised. The layers and the scale format of a run that trained in FP8 are kept."""
+    from infir2.checkpoint.export_fp8 import plan_export
+    from infir2.errors import CheckpointError
+    from infir2.fp8.convert import keep_outer_layers
+
+    if model.kind == "fp8":
+        raise CheckpointError(
+            f"{model.path}: is already an FP8 folder; to quantise it anew, convert it with --to hf first"
+        )
+    trained = (model.meta.get("config") or {}).get("fp8") or {}
+    keep: dict[str, str] = {}
+    scale_format = options.scale_format
+    if trained.get("recipe", "bf16") != "bf16":
+        first, last = trained.get("bf16_first_layers", 0), trained.get("bf16_last_layers", 0)
+        keep = keep_outer_layers(model.architecture.num_hidden_layers, first, last)
+        scale_format = scale_format or trained.get("scale_format")
+    return plan_export(model.architecture, scale_format or "ue8m0", options.scale_dtype or "fp32", keep)
+
+
+def _export_lines(export: "Fp8Export") -> Iterator[str]:
+    total = len(export.converted) + len(export.skipped)
+    yield f"{len(export.converted)} of {total} linear layers in FP8, scales {export.scale_format}"
+    reasons: dict[str, list[str]] = {}
+    for name, reason in export.skipped.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        yield f"  bfloat16: {', '.join(names[:2])}{more}: {reason}"
+
+
+def _starting_facts(model: "ModelSource") -> dict[str, Any]:
+    """What a run that starts from this checkpoint reads of it."""
+    from infir2.stages.environment import environment
+    from infir2.train.loop import Progress as Trained
+
+    return {
+        "progress": Trained().to_json(),
+        "data": {"sha256": None},
+        "data_offset": 0,
+        "global_batch": 0,
+        "converted": {"from": str(model.path), **environment()},
+    }
+
+
+@contextmanager
+def _progress(console: Console) -> "Iterator[Report]":
+    """A bar of bytes, which shows when the work has gone on for a while."""
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True, quiet=console.quiet), transient=True)
+    task, started, shown = bar.add_task("", total=None), time.monotonic(), False
+
+    def report(done: int, total: int) -> None:
+        nonlocal shown
+        bar.update(task, completed=done, total=total)
+        if not shown and time.monotonic() - started > SHOW_PROGRESS_AFTER:
+            shown = True
+            bar.start()
+
+    try:
+        yield report
+    finally:
+        if shown:
+            bar.stop()

@@ -1,0 +1,41 @@
+"""What ran, by which command, on what: the record that stands beside every run and every measured figure."""
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import infir2
+
+
+def environment() -> dict[str, Any]:
+    """command, started (UTC), commit, device, versions."""
+    on_gpu = torch.cuda.is_available()
+    versions = {"infir2": infir2.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    if on_gpu:
+        import triton
+
+        versions |= {"triton": triton.__version__, "cuda": str(torch.version.cuda)}
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores",
+        "versions": versions,
+    }
+
+
+def commit() -> str | None:
+    """Commit of the source tree that runs, else the variable INFIR2_COMMIT (for copies without history), else None."""
+    folder = Path(infir2.__file__).parent
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("INFIR2_COMMIT")
+    return done.stdout.strip() if done.returncode == 0 else os.environ.get("INFIR2_COMMIT")

@@ -1,0 +1,45 @@
+"""Data for fine-tuning that is made on this machine: `infir2 examples OUT.jsonl --stage 1`.
+
+Writes questions with verified step-by-step solutions, one conversation a line, for `infir2 sft`. The same options give
+the same bytes. Held-out questions (--split held_out) never occur in a train split, whatever the seed.
+"""
+
+import argparse
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+from infir2.errors import DataError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("out", type=Path, metavar="OUT", help="file to write (.jsonl); an existing one is replaced")
+    add("--stage", type=int, choices=(1, 2), default=1, help="1 = easy questions, 2 = harder ones (1)")
+    add("--count", type=int, default=5000, help="examples to write (%(default)s)")
+    add("--seed", type=int, default=1, help="another seed, other questions (%(default)s)")
+    add("--split", choices=("train", "held_out"), default="train", help="which questions (%(default)s)")
+    add("--families", nargs="+", default=(), metavar="NAME", help="kinds of questions (default: all)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from infir2.data.worked_solutions import worked_examples
+
+    if args.count < 1 or args.seed < 0:
+        raise DataError("--count must be at least 1, and --seed must not be negative")
+    counts: Counter[str] = Counter()
+    temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            for example in worked_examples(args.stage, args.count, args.seed, args.split, args.families):
+                file.write(json.dumps(example.row(), ensure_ascii=False) + "\n")
+                counts[example.family] += 1
+        temporary.replace(args.out)
+    except OSError as error:
+        raise DataError(f"{error.filename or args.out}: cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"{args.out}: {args.count} examples ({', '.join(f'{name} {n}' for name, n in counts.items())})")
+    return 0

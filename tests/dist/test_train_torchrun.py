@@ -1,0 +1,193 @@
+"""Two torchrun processes (gloo, FSDP2) against one: losses, resharded resume, skips, signals, FP8 codes, mistakes."""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_run import loss_bits, metrics_lines
+
+from infir2 import cli
+from infir2.checkpoint.state import model_state
+from infir2.checkpoint.store import CheckpointStore
+from infir2.config import CptConfig, load
+from infir2.fp8.linear import Fp8Linear
+from infir2.parallel.runtime import World
+from infir2.stages.cpt import architecture_of
+from infir2.stages.training import build_model
+
+Recipe = Callable[..., tuple[Path, Path]]
+ROOT = Path(__file__).parents[2]
+SETTINGS: dict[str, Any] = {"train.steps": 10, "train.eval_every": 5, "train.save_every": 5, "train.global_batch": 8}
+
+
+def torchrun(*words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def two_processes(*words: str) -> None:
+    process = torchrun(*words)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+
+
+def one_process(path: Path) -> None:
+    assert cli.main(["cpt", str(path)]) == 0
+
+
+def drift(left: Path, right: Path, first_step: int = 1) -> list[float]:
+    """Relative differences of the losses (and held-out losses), step by step."""
+    pairs = [pair for pair in zip(loss_bits(left), loss_bits(right), strict=True) if pair[0][0] >= first_step]
+    assert all(one[0] == other[0] for one, other in pairs)
+    return [abs((one[1] or one[3]) / (other[1] or other[3]) - 1) for one, other in pairs]
+
+
+FLOAT32 = {"model.dtype": "float32"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "more", "limit"),
+    [
+        # One micro-batch a process: both add the same two gradients, and every bit is the same.
+        (FLOAT32 | {"train.global_batch": 4}, {}, 1e-12),
+        # Two: the sum of four gradients depends on the order by its last bit. (With FP8 and float32 activations that
+        # bit moves a code to its neighbour sooner or later, and the losses are some 1e-5 apart.)
+        (FLOAT32 | {"fp8.recipe": "bf16"}, {"parallel.replicate": 2}, 1e-6),
+        ({"model.dtype": "bfloat16"}, {"parallel.gather_dtype": "bfloat16"}, 5e-3),
+    ],
+)
+def test_two_processes_train_like_one(
+    recipe: Recipe, settings: dict[str, Any], more: dict[str, Any], limit: float
+) -> None:
+    alone, expected = recipe("alone", **SETTINGS | settings)
+    one_process(alone)
+    path, run = recipe("together", **SETTINGS | settings | more)
+    two_processes("-m", "infir2", "cpt", str(path))
+    differences = drift(run, expected)
+    print(f"{settings} {more}: largest relative difference of a loss {max(differences):.1e}")
+    assert len(differences) == 12
+    assert max(differences) < limit
+    norms = [abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(metrics_lines(run), metrics_lines(expected))]
+    assert max(norms) < 10 * limit
+    assert metrics_lines(run)[-1]["tokens"] == metrics_lines(expected)[-1]["tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_resume_with_another_number_of_processes(recipe: Recipe) -> None:
+    """bfloat16 and FP8 with accumulation: two processes against one; 1 -> 2 and 2 -> 1 against the run they continue."""
+    settings = SETTINGS | {"model.dtype": "bfloat16"}
+    alone, one = recipe("one", **settings)
+    one_process(alone)
+    together, two = recipe("two", **settings)
+    two_processes("-m", "infir2", "cpt", str(together))
+    print(f"whole: {max(drift(two, one)):.1e}")
+    assert max(drift(two, one)) < 1e-5
+
+    for start, name in ((one, "one_then_two"), (two, "two_then_one")):
+        path, run = recipe(name, **settings)
+        shutil.copytree(start / "checkpoints/step-000005", run / "checkpoints/step-000005")
+        shutil.copy(start / "metrics.jsonl", run)
+        if start == one:
+            two_processes("-m", "infir2", "cpt", str(path))
+        else:
+            one_process(path)
+        assert [line["event"] for line in metrics_lines(run, "event")].count("resume") == 1
+        differences = drift(run, start)
+        print(f"{name}: first resumed loss {differences[6]:.1e}, largest {max(differences):.1e}")
+        assert differences[:6] == [0.0] * 6, "five steps and an evaluation that were not done again"
+        assert differences[6] < 1e-6
+        assert max(differences) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_bad_number_on_one_rank_skips_the_step_on_all(recipe: Recipe, tmp_path: Path) -> None:
+    settings = SETTINGS | {"train.steps": 6, "train.eval_every": 6, "optim.min_lr": 1e-3}
+    path, run = recipe("poisoned", **settings)
+    two_processes(str(Path(__file__).parent / "train_worker.py"), str(path), str(tmp_path))
+    notes = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1)]
+    for note in notes:
+        assert [step["skipped"] for step in note["steps"]] == [False, False, True, False, True, False]
+        assert [step["changed"] for step in note["steps"]] == [True, True, False, True, False, True]
+        assert math.isnan(note["steps"][2]["loss"])
+        assert math.isfinite(note["steps"][4]["loss"])
+        assert math.isnan(note["steps"][4]["grad_norm"])
+        # Once before the first step and once for each of the four updates, for two micro-batches and an evaluation.
+        assert note["quantised"] == 14 * 5
+        assert not any(note["stale"])
+    numbers = [[(step["loss"], step["grad_norm"]) for step in note["steps"] if not step["skipped"]] for note in notes]
+    assert numbers[0] == numbers[1]
+    assert [line["skipped"] for line in metrics_lines(run)] == [0, 0, 1, 1, 2, 2]
+    assert [line["step"] for line in metrics_lines(run, "event") if line["event"] == "skip"] == [3, 5]
+
+    config = load(CptConfig, path)
+    model, _ = build_model(config, architecture_of(config), World(0, 1, torch.device("cpu"), None))
+    CheckpointStore(run / "checkpoints").load(
+        run / "checkpoints/step-000006", {"model": model_state(model)}, ("optim",)
+    )
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Fp8Linear)}
+    for name, layer in layers.items():
+        layer.refresh()
+        expected = layer.weight_operand().codes.view(torch.uint8)
+        assert all(torch.equal(note["codes"][name], expected) for note in notes), name
+    assert layers.keys() == notes[0]["codes"].keys()
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves(recipe: Recipe) -> None:
+    settings = SETTINGS | {
+        "train.steps": 200,
+        "optim.schedule": "constant",
+        "train.eval_every": 0,
+        "train.save_every": 0,
+    }
+    path, run = recipe("stopped", **settings)
+    process = torchrun("-m", "infir2", "cpt", str(path))
+    try:
+        began = time.monotonic()
+        while not (run / "metrics.jsonl").exists() or len(metrics_lines_so_far(run)) < 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() - began < 60
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=40)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    last = metrics_lines(run)[-1]["step"]
+    assert metrics_lines(run, "event")[-1]["event"] == "stopped"
+    store = CheckpointStore(run / "checkpoints")
+    assert store.latest() == run / f"checkpoints/step-{last:06d}"
+    assert last < 200
+
+
+def metrics_lines_so_far(run: Path) -> list[str]:
+    return (run / "metrics.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"parallel.replicate": 3}, "parallel.replicate (3) does not divide the 2 process(es) of this run"),
+        ({"train.global_batch": 2}, "train.global_batch (2) is not a multiple of train.micro_batch x processes (2 x 2"),
+    ],
+)
+def test_a_mistake_is_told_once(recipe: Recipe, settings: dict[str, Any], said: str) -> None:
+    path, run = recipe("wrong", **settings)
+    process = torchrun("-m", "infir2", "cpt", str(path))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert err.count(f"infir2: error: {said}") == 1, err
+    assert 'File "' + str(ROOT / "infir2") not in err, "no traceback of ours"
+    assert not run.exists()

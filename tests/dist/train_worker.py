@@ -1,0 +1,78 @@
+"""What both ranks of test_train_torchrun.py run: a training run in which one rank meets a number that is not finite.
+
+train_worker.py RECIPE OUT: rank 1 has a NaN activation in step 3, rank 0 a NaN gradient (and a finite loss) in step 5.
+Each rank writes OUT/rank-N.pt: what every step did, how often weights were quantised, and the last FP8 codes.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infir2.config import CptConfig, load
+from infir2.fp8.linear import Fp8Linear
+from infir2.parallel.runtime import world
+from infir2.stages import training
+from infir2.stages.cpt import train_cpt
+from infir2.train import loop
+
+steps: list[dict[str, Any]] = []
+quantised = 0
+models: list[nn.Module] = []
+
+
+def local_weights(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().to_local().clone() for parameter in model.state_dict(keep_vars=True).values()]
+
+
+def noting_train_step(model: nn.Module, *args: Any, **options: Any) -> Any:
+    before = local_weights(model)
+    result = true_train_step(model, *args, **options)
+    changed = any(not torch.equal(old, new) for old, new in zip(before, local_weights(model), strict=True))
+    steps.append({"loss": result.loss, "grad_norm": result.grad_norm, "skipped": result.skipped, "changed": changed})
+    return result
+
+
+def counting_requantize(layer: Fp8Linear) -> None:
+    global quantised
+    quantised += 1
+    true_requantize(layer)
+
+
+def poison(rank: int) -> Any:
+    def nan(grad: Tensor) -> Tensor:
+        return torch.full_like(grad, float("nan"))
+
+    def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        step = len(steps) + 1
+        if not torch.is_grad_enabled():
+            return out
+        if rank == 1 and step == 3:
+            return out * float("nan")
+        if rank == 0 and step == 5:
+            out.register_hook(nan)
+        return out
+
+    return hook
+
+
+def poisoned_build_model(config: Any, architecture: Any, here: Any) -> Any:
+    model, report = true_build_model(config, architecture, here)
+    model.model.layers[1].mlp.register_forward_hook(poison(here.rank))
+    models.append(model)
+    return model, report
+
+
+true_train_step, true_requantize, true_build_model = loop.train_step, Fp8Linear._requantize, training.build_model
+
+if __name__ == "__main__":
+    loop.train_step, training.build_model = noting_train_step, poisoned_build_model
+    Fp8Linear._requantize = counting_requantize  # type: ignore[method-assign]
+    with world() as here:
+        assert train_cpt(load(CptConfig, Path(sys.argv[1])), here)
+    layers = {name: m for name, m in models[0].named_modules() if isinstance(m, Fp8Linear)}
+    codes = {name: layer._operand.codes.view(torch.uint8) for name, layer in layers.items()}
+    note = {"steps": steps, "quantised": quantised, "codes": codes, "stale": [m.stale for m in layers.values()]}
+    torch.save(note, Path(sys.argv[2]) / f"rank-{here.rank}.pt")

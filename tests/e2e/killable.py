@@ -1,0 +1,32 @@
+"""A training process that a test may kill: forked from a clean server that has imported everything already.
+
+Not from the test process: it may have run parallel torch code, after which a fork can hang or be refused.
+"""
+
+import multiprocessing
+import os
+import sys
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["infir2.cli", "infir2.stages.cpt", "infir2.stages.training", "infir2.stages.dry_run"])
+
+
+def start(recipe: Path, log: Path) -> ForkServerProcess:
+    """Run `infir2 cpt RECIPE` in a new process, its output appended to ``log``."""
+    process = _CONTEXT.Process(target=_train, args=(recipe, log))
+    process.start()
+    return process
+
+
+def _train(recipe: Path, log: Path) -> None:
+    import torch
+
+    from infir2 import cli
+
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        torch.set_num_threads(1)
+        sys.exit(cli.main(["cpt", str(recipe)]))

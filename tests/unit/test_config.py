@@ -1,0 +1,106 @@
+"""Recipes: overrides, and one clear line for every mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from infir2.config import CptConfig, describe, load, parse, to_toml
+from infir2.errors import ConfigError
+
+RECIPE = """
+run = "runs/x"
+[model]
+preset = "tiny"
+[data]
+seq_len = 256
+[data.sources]
+"data/a" = 1.0
+[optim]
+lr = 1e-4
+[train]
+steps = 10
+global_batch = 8
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_overrides_are_written_over_the_file(recipe: Path) -> None:
+    words = ["--optim.lr", "5e-5", "--train.compile=true", "--data.sources", '{ "b" = 2, "c" = 1 }', "--run", "runs/y"]
+    config = load(CptConfig, recipe, words)
+    assert (config.optim.lr, config.train.compile, config.run) == (5e-5, True, "runs/y")
+    assert config.data.sources == {"b": 2.0, "c": 1.0}
+    assert parse(CptConfig, to_toml(config), "copy") == config
+
+
+def test_an_override_may_start_a_section_and_use_dashes(recipe: Path) -> None:
+    config = load(CptConfig, recipe, ["--init.keep-optimizer", "false", "--optim.betas", "[0.9, 0.98]"])
+    assert config.init.keep_optimizer is False
+    assert config.optim.betas == (0.9, 0.98)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--optim.lrr", "1"], "command line: optim.lrr: unknown key. Did you mean 'lr'?"),
+        (["--optimm.lr", "1"], "command line: optimm: unknown key. Did you mean 'optim'?"),
+        (["--optim.lr", "-1"], "command line: optim.lr: input should be greater than 0 (got -1)"),
+        (["--optim.lr"], "command line: --optim.lr needs a value"),
+        (["optim.lr", "1"], "command line: expected --section.key value, got 'optim.lr'"),
+        (["--run.x", "1"], "command line: --run.x: run is a value, not a section"),
+        (["--fp8.recipe", "blockwize"], "fp8.recipe: input should be 'blockwise', 'hybrid'"),
+        (["--train.global_batch", "9", "--train.micro_batch", "2"], "global_batch (9) is not a multiple of"),
+        (["--optim.warmup_steps", "11"], "optim.warmup_steps + optim.decay_steps (11) exceed train.steps (10)"),
+        (["--optim.min_lr", "1.0"], "optim.min_lr (1) is above optim.lr (0.0001)"),
+        (["--model.path", "x"], "model: give exactly one of model.preset and model.path"),
+    ],
+)
+def test_mistakes_on_the_command_line(recipe: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(CptConfig, recipe, words)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (RECIPE.replace("seq_len", "seqlen"), "data.seq_len: this key is required"),
+        (RECIPE.replace('preset = "tiny"', 'preset = "tiny"\nprest = 1'), "model.prest: unknown key. Did you mean"),
+        (RECIPE.replace("steps = 10", 'steps = "ten"'), "train.steps: input should be a valid integer"),
+        (RECIPE + "[train]\n", "not valid TOML"),
+        (RECIPE.replace("lr = 1e-4", ""), "optim.lr: this key is required"),
+    ],
+)
+def test_mistakes_in_the_file_name_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(CptConfig, path)
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+
+
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such recipe file"):
+        load(CptConfig, tmp_path / "none.toml")
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(CptConfig, binary)
+
+
+def test_every_key_has_a_meaning() -> None:
+    for key, _, text in describe(CptConfig):
+        assert text, f"{key} has no docstring"
+
+
+def test_a_config_cannot_be_changed(recipe: Path) -> None:
+    config = load(CptConfig, recipe)
+    with pytest.raises(ValueError, match="frozen"):
+        config.optim.lr = 1.0

@@ -1,0 +1,46 @@
+"""The documents are true where a program can tell: links and paths exist, commands and recipe keys are real."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from infir2.cli import COMMANDS
+from infir2.config import CptConfig, describe
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+KEYS = {key for key, _, _ in describe(CptConfig)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_of_this_repository_exist(page: Path) -> None:
+    for path in re.findall(r"`((?:infir2|tests|bench|recipes|docs)/[\w./*{},-]+)`", page.read_text()):
+        if "{" not in path and "*" not in path:
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist(page: Path) -> None:
+    for name in re.findall(r"^\s*(?:torchrun .*-m )?infir2 ([a-z]\w*)", page.read_text(), flags=re.MULTILINE):
+        assert name in COMMANDS, f"{page.name}: infir2 {name}"
+
+
+def test_recipe_keys_in_the_training_guide_exist() -> None:
+    text = (ROOT / "docs/training.md").read_text()
+    sections = {key.split(".")[0] for key in KEYS}
+    for key in re.findall(r"(?:`|--)(\w+\.\w+)", text):
+        if key.split(".")[0] in sections and not key.endswith((".json", ".toml")):
+            assert key in KEYS, key
+
+
+def test_no_path_of_a_machine_in_any_result() -> None:
+    for result in ROOT.glob("bench/results/*.json"):
+        assert not re.search(r'"[^"]*(/root/|/home/|/work/)', result.read_text()), result.name

@@ -1,0 +1,60 @@
+"""Every shipped recipe parses, and carries the paper's numbers."""
+
+from pathlib import Path
+
+import pytest
+
+from infir2.config import CptConfig, SftConfig, TrainingConfig, load, parse, to_toml
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+STAGES: dict[str, type[TrainingConfig]] = {"cpt": CptConfig, "sft": SftConfig}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
+def test_every_recipe_parses_and_survives_a_round_trip(path: Path) -> None:
+    kind = STAGES[path.name.partition("_")[0]]
+    config = load(kind, path)
+    assert parse(kind, to_toml(config), "copy") == config
+    assert config.run == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("size", ["1.5b", "7b"])
+def test_the_papers_numbers(size: str) -> None:
+    config = load(CptConfig, RECIPES / f"cpt_{size}.toml")
+    optim, train = config.optim, config.train
+    assert (config.data.seq_len, train.global_batch, train.steps) == (32768, 128, 40_000)
+    assert (optim.lr, optim.min_lr, optim.warmup_steps, optim.decay_steps) == (1e-4, 1e-5, 5000, 5000)
+    assert (optim.betas, optim.weight_decay, optim.clip, train.seed) == ((0.9, 0.95), 0.1, 1.0, 1236)
+    assert (config.fp8.recipe, config.fp8.scale_format) == ("blockwise", "ue8m0")
+    decay = load(CptConfig, RECIPES / f"cpt_{size}_decay.toml")
+    assert decay.init.checkpoint == f"runs/cpt_{size}/checkpoints/step-035000"
+    assert train.keep_every
+    assert 35_000 % train.keep_every == 0
+    assert (decay.optim.warmup_steps, decay.optim.decay_steps, decay.train.steps) == (0, 5000, 5000)
+    assert decay.model == config.model
+    assert decay.data == config.data
+
+
+@pytest.mark.parametrize(("size", "lr"), [("1.5b", 5e-5), ("7b", 2e-5)])
+def test_the_papers_numbers_for_fine_tuning(size: str, lr: float) -> None:
+    one, two = (load(SftConfig, RECIPES / f"sft_{size}_stage{stage}.toml") for stage in (1, 2))
+    for config in (one, two):
+        optim, train, data = config.optim, config.train, config.data
+        assert (optim.lr, optim.min_lr) == (lr, pytest.approx(lr / 10))
+        assert (optim.schedule, optim.warmup_fraction) == ("cosine", 0.05)
+        assert (optim.betas, optim.weight_decay, optim.clip) == ((0.9, 0.95), 0.0, 1.0)
+        assert (train.epochs, train.global_batch, train.activation_checkpointing) == (5, 64, "full")
+        assert (data.max_length, data.max_tokens_per_gpu) == (32_768, 32_768)
+        assert (config.fp8.recipe, config.fp8.scale_format) == ("blockwise", "ue8m0")
+    assert two.init.checkpoint == one.run
+    assert not two.init.keep_optimizer
+    assert not two.model.is_named, "stage 2 takes stage 1's model"
+    assert two.optim == one.optim
+    assert two.train == one.train
+
+
+def test_the_tiny_stages_follow_each_other() -> None:
+    start = load(CptConfig, RECIPES / "cpt_tiny.toml")
+    one, two = (load(SftConfig, RECIPES / f"sft_tiny_stage{stage}.toml") for stage in (1, 2))
+    assert one.init.checkpoint == start.run
+    assert two.init.checkpoint == one.run

@@ -1,0 +1,239 @@
+"""The report over synthetic runs that were written by the real MetricsWriter."""
+
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infir2.errors import UserError
+from infir2.report import plots, write_report
+from infir2.report.runs import labels_for, read_run
+from infir2.train.metrics import MetricsWriter
+
+MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def synthetic_run(
+    folder: Path, *, recipe: str = "bf16", steps: int = 60, seed: int = 0, layers: int = 2, resume_at: int = 0
+) -> Path:
+    """A run folder as training leaves it: plausible curves, evaluations, health, one skipped step, maybe a resume."""
+    fp8, rng = recipe != "bf16", random.Random(seed)
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(
+        f'run = "{folder.name}"\n\n[model]\npreset = "qwen2.5-1.5b"\n\n[fp8]\nrecipe = "{recipe}"\n\n'
+        f'[optim]\nlr = 1e-4\nschedule = "wsd"\n\n[train]\nsteps = {steps}\nglobal_batch = 64\nseed = {seed}\n'
+    )
+    versions = {"python": "3.12.4", "torch": "2.13.0", "triton": "3.7.1"}
+    command = ["infir2", "cpt", "recipes/cpt_1.5b.toml", "--fp8.recipe", recipe, "--run", f"runs/{folder.name}"]
+    facts = {"command": command, "versions": versions, "device": "an accelerator, 80 GB", "commit": "0123abcd"}
+    (folder / "run.json").write_text(json.dumps({**facts, "started": "2026-01-02T03:04:05+00:00"}))
+    writer = MetricsWriter(folder, steps, tensorboard=False, live=False)
+    for step in range(1, steps + 1):
+        if step == resume_at:
+            writer.close()
+            writer = MetricsWriter(folder, steps, tensorboard=False, live=False, first_step=step - 1)
+            writer.event(step - 1, "resume", checkpoint=f"step-{step - 1:06d}")
+        noise = rng.gauss(0, 0.03)
+        loss = 2.1 + 6.5 * math.exp(-14 * step / steps) + 0.5 * math.exp(-3 * step / steps) + 0.0015 * fp8 + noise
+        skipped = int(step > steps // 2)
+        writer.log(step, {
+            "loss": math.nan if step == steps // 2 + 1 else loss,
+            "lr": 1e-4 * min(1.0, step / (0.05 * steps), (steps - step) / (0.2 * steps) + 0.01),
+            "grad_norm": math.exp(rng.gauss(-0.5, 0.25)) * (20 if rng.random() < 0.003 else 1),
+            "tokens": step * 2_097_152,
+            "tokens_per_s": (41_000 if fp8 else 30_500) * rng.uniform(0.97, 1.02),
+            "mfu": (0.52 if fp8 else 0.41) * rng.uniform(0.97, 1.02),
+            "peak_memory_gb": 50.2 if fp8 else 69.8,
+            "step_time_s": 51.0 if fp8 else 68.7,
+            "skipped": skipped,
+            "valid_tokens": 2_097_000,
+        })  # fmt: skip
+        if step % max(1, steps // 20) == 0:
+            writer.log(step, {"eval_loss": loss - noise + 0.02 + rng.gauss(0, 0.002)}, kind="eval")
+            if fp8:
+                writer.health(step, synthetic_health(rng, layers))
+    writer.close()
+    return folder
+
+
+def synthetic_health(rng: random.Random, layers: int) -> dict[str, dict[str, float]]:
+    measured = {}
+    for layer in range(layers):
+        for module in MODULES + MLP:
+            depth = layer / layers + 0.6 * (module == "mlp.down_proj")
+            measured[f"model.layers.{layer}.{module}"] = {
+                **{f"{o}_underflow": 10 ** (rng.gauss(-4.2, 0.3) + 2 * depth * (o == "g")) for o in "xwg"},
+                **{f"{o}_sqnr_db": 31.5 - 3 * depth * (o != "w") + rng.gauss(0, 0.3) for o in "xwg"},
+                **{f"{o}_saturated": 0.0 for o in "xwg"},
+            }
+    return measured
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return [
+        synthetic_run(root / "bf16"),
+        synthetic_run(root / "blockwise", recipe="blockwise", seed=1),
+        synthetic_run(root / "hybrid", recipe="hybrid", seed=2, resume_at=40),
+    ]
+
+
+@pytest.fixture(scope="module")
+def report_of_three(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    write_report(runs, out)
+    return out
+
+
+class Page(HTMLParser):
+    """Collects what a browser would fetch or run, unclosed tags, ids, and the text outside style sheets."""
+
+    VOID = ("meta", "br", "img", "link", "input", "hr")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.fetches: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href", "srcset", "action") and not (value or "").startswith("#"):
+                self.fetches.append(f"{name}={value}")
+            assert not name.startswith("on"), f"event handler {name}"
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+
+def test_report_of_three_runs_is_one_sound_self_contained_page(report_of_three: Path) -> None:
+    html = report_of_three.read_text()
+    page = Page(html)
+    assert page.open == []
+    assert page.fetches == []
+    assert "script" not in page.tags
+    assert "url(http" not in html
+    assert "@import" not in html
+    assert len(page.ids) == len(set(page.ids)), "an id used twice lets one drawing break another"
+    for words in ("Held-out loss", "Difference to bf16", "Learning rate", "Gradient norm", "FP8 health by layer"):
+        assert words in page.text
+    assert "infir2 cpt recipes/cpt_1.5b.toml --fp8.recipe hybrid" in page.text
+    assert "0123abcd" in page.text
+    assert 'fp8.recipe"bf16""blockwise""hybrid"' in page.text, "the table of what differs"
+    assert list(report_of_three.parent.iterdir()) == [report_of_three], "nothing but the page is left behind"
+
+
+def test_drawings_take_every_colour_from_the_page(report_of_three: Path) -> None:
+    drawings = re.findall(r"<svg.*?</svg>", report_of_three.read_text(), re.DOTALL)
+    assert len(drawings) >= 20
+    for drawing in drawings:
+        assert re.findall(r"(?:fill|stroke): *(#[0-9a-f]{3,8}|black|white)", drawing) == []
+        assert 'width="' not in drawing.split(">")[0]
+    assert any("var(--heat-0)" in drawing for drawing in drawings)
+
+
+def test_summary_numbers_are_those_of_the_metrics(runs: list[Path]) -> None:
+    run = read_run(runs[2], "hybrid")
+    steps, losses = run.series("loss")
+    assert steps.tolist() == list(range(1, 61)), "a resumed run has every step once"
+    assert run.final_loss() == pytest.approx(float(np.mean(losses[-3:])))
+    assert math.isnan(losses[30])
+    assert run.last("skipped") == 1
+    assert run.steps_of("resume") == [39]
+    assert run.last("tokens") == 60 * 2_097_152
+    assert (run.model, run.precision) == ("qwen2.5-1.5b", "FP8 hybrid")
+
+
+def test_one_run_without_config_health_or_evaluation(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "bare", 1, tensorboard=False, live=False) as writer:
+        writer.log(1, {"loss": 2.5})
+    write_report([tmp_path / "bare"], tmp_path / "bare.html")
+    text = Page((tmp_path / "bare.html").read_text()).text
+    assert "2.5000" in text
+    assert "Difference" not in text
+    assert "health" not in text
+
+
+def test_names_are_escaped_in_page_and_drawing(tmp_path: Path) -> None:
+    hostile = "<script>alert(1)</script>$x_"
+    folder = synthetic_run(tmp_path / "run", recipe="blockwise", steps=20)
+    with MetricsWriter(folder, 21, tensorboard=False, live=False, first_step=20) as writer:
+        writer.health(21, {hostile: {"x_underflow": 0.1, "x_sqnr_db": 20.0}})
+    (folder / "run.json").write_text(json.dumps({"command": hostile, "device": hostile}))
+    write_report([folder], tmp_path / "out.html", labels=[hostile])
+    html = (tmp_path / "out.html").read_text()
+    assert "<script" not in html
+    assert html.count("&lt;script&gt;") >= 4
+
+
+def test_a_run_of_nothing_but_nan_still_gets_a_report(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "nan", 9, tensorboard=False, live=False) as writer:
+        for step in range(1, 9):
+            writer.log(step, {"loss": math.nan, "grad_norm": math.inf, "peak_memory_gb": math.nan})
+    write_report([tmp_path / "nan"], tmp_path / "out.html")
+    assert "nan" in Page((tmp_path / "out.html").read_text()).text
+
+
+def test_broken_folders_are_named(runs: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    with pytest.raises(UserError, match=r"blockwis: no such run folder. Did you mean 'blockwise'"):
+        write_report([runs[0].parent / "blockwis"], out)
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be read"):
+        write_report([runs[0].parent], out)
+    broken = synthetic_run(tmp_path / "broken", steps=20)
+    lines = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (broken / "metrics.jsonl").write_text("".join([*lines[:4], "{oops\n", *lines[4:]]))
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 5: not a metrics line"):
+        write_report([broken], out)
+    (broken / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="holds no training step"):
+        write_report([broken], out)
+    (broken / "metrics.jsonl").write_text("".join(lines))
+    (broken / "config.toml").write_text("a = = 1")
+    with pytest.raises(UserError, match=r"config.toml: not valid TOML.*line 1"):
+        write_report([broken], out)
+    (broken / "config.toml").unlink()
+    (broken / "run.json").write_text("[")
+    with pytest.raises(UserError, match=r"run.json: not valid JSON"):
+        write_report([broken], out)
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report(runs[:1], tmp_path / "no" / "such" / "folder.html")
+    assert not out.exists()
+
+
+def test_labels_grow_until_they_differ(tmp_path: Path) -> None:
+    assert labels_for([tmp_path / "a" / "run", tmp_path / "b" / "run"], None) == ["a/run", "b/run"]
+    with pytest.raises(UserError, match="1 labels for 2 runs"):
+        labels_for([tmp_path, tmp_path], ["one"])
+    with pytest.raises(UserError, match="named twice"):
+        labels_for([tmp_path, tmp_path], None)
+
+
+def test_rolling_mean_leaves_out_what_is_not_finite() -> None:
+    values = np.array([1.0, math.nan, 3.0, math.inf, 5.0])
+    assert plots.rolling_mean(values, 3).tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]

@@ -1,0 +1,250 @@
+"""Multiple choice, reasoning-gym tasks, shaping, test cases of programs, and the way from a name to a scorer."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infir2.errors import ConfigError, DataError
+from infir2.reward import code
+from infir2.reward.choice import AMBIGUOUS, ChoiceScorer, chosen_letter
+from infir2.reward.code import CallCase, Problem, StdioCase, extract_program, parse_problem, same_output
+from infir2.reward.dispatch import reward_for
+from infir2.reward.math import MathScorer
+from infir2.reward.shaping import format_reward, overlong_penalty
+from infir2.reward.tasks import ReasoningGymScorer, is_harmless, parse_entry, task_answer
+
+
+# choice ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        ("ANSWER: C", "C"), (r"\boxed{C}", "C"), (r"\boxed{\text{C}}", "C"), (r"$\boxed{(c)}$", "C"),
+        ("The answer is (C).", "C"), ("the answer is C", "C"), ("so the correct choice is **B**", "B"),
+        ("Answer: C) blue", "C"), ("Answer: **(D)**", "D"), (r"Answer: \boxed{D}", "D"), ("Answer: $A$", "A"),
+        (r"\boxed{C. The blue one}", "C"), ("I pick option (A)", "A"), ("Answer: b", "B"), ("Answer: B.", "B"),
+        (r"\boxed{A} no, the answer is B", "A"),  # precedence
+        ("Answer: A\nAnswer: B", "B"),  # the last one
+        (r"\boxed{42}" + "\nAnswer: D", "D"),  # no letter there: the next kind
+        ("the answer is a matter of taste", None), ("Answer: a blue one", None), ("Answer: E", None), ("", None),
+        ("Answer: A or B", AMBIGUOUS), (r"\boxed{A, C}", AMBIGUOUS), (r"\boxed{AB}", None),
+        ("<think>Answer: C", None), ("<think>Answer: C</think>Answer: D", "D"), ("Answer: Cats", None),
+    ],
+)  # fmt: skip
+def test_chosen_letter(response: str, letter: str | None) -> None:
+    assert chosen_letter(response) == letter
+
+
+def test_choice_scores() -> None:
+    scorer = ChoiceScorer(letters="ABCDEFGHIJ")
+    pairs = [("Answer: J", "J"), ("Answer: J", "(A)"), ("Answer: A and J", "A"), ("?", "A")]
+    assert [(s.value, s.decided) for s in scorer.score_many(pairs)] == [
+        (1, "letter"), (0, "letter"), (0, "ambiguous"), (0, "no answer"),
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="label"):
+        scorer.score_many([("Answer: A", "Z")])
+
+
+# reasoning-gym --------------------------------------------------------------------------------------------------------
+gym = pytest.importorskip("reasoning_gym")
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Iterator[ReasoningGymScorer]:
+    made = ReasoningGymScorer(workers=1, limit_s=2.0)
+    yield made
+    made.close()
+
+
+FAMILIES = [
+    "chain_sum",
+    "gcd",
+    "letter_counting",
+    "spell_backward",
+    "syllogism",
+    "number_sorting",
+    "countdown",
+    "n_queens",
+]
+
+
+def test_right_wrong_and_almost_right_answers(scorer: ReasoningGymScorer) -> None:
+    """An answer that merely contains the right one gets credit from the library and none from us."""
+    pairs, expected = [], []
+    for name in FAMILIES:
+        entry = gym.create_dataset(name, size=1, seed=1)[0]
+        label = json.dumps({"dataset": name, "entry": entry})
+        answer = entry["metadata"].get("expression", entry["answer"]) if name == "countdown" else entry["answer"]
+        for text, value in ((answer, 1), (f"it might be {answer}, I think", 0), ("zzz", 0)):
+            pairs.append((f"<think>hm</think><answer>{text}</answer>", label))
+            expected.append(value)
+    assert [s.value for s in scorer.score_many(pairs)] == expected
+
+
+def test_entries_alone_and_other_forms(scorer: ReasoningGymScorer) -> None:
+    entry = gym.create_dataset("chain_sum", size=1, seed=2)[0]
+    answers = [rf"\boxed{{{entry['answer']}}}", rf"\boxed{{\text{{{entry['answer']}}}}}", f"Answer: {entry['answer']}"]
+    assert [s.value for s in scorer.score_many([(a, entry) for a in answers])] == [1, 1, 1]
+    assert [s.decided for s in scorer.score_many([("<think>" + answers[0], entry), ("x", entry)])] == ["no answer"] * 2
+    assert task_answer("<answer>1</answer> no: <answer>2</answer>") == "2"
+
+
+EVALUATED = ["string_insertion", "spiral_matrix", "binary_matrix", "n_queens", "countdown", "puzzle24",
+             "simple_integration", "intermediate_integration", "polynomial_multiplication"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_answers_are_never_run(scorer: ReasoningGymScorer, name: str, tmp_path: Path) -> None:
+    """The library's scorers of these data sets evaluate the answer; ours does not let code come so far."""
+    target = tmp_path / "run"
+    entry = gym.create_dataset(name, size=1, seed=1)[0]
+    attacks = [
+        f"open({str(target)!r}, 'w')",
+        f"__import__('pathlib').Path({str(target)!r}).touch()",
+        f"[x for x in [open({str(target)!r}, 'w')]]",
+        "().__class__.__base__.__subclasses__()",
+        "(lambda: 0)()",
+        f"eval(chr(111) + {str(target)!r})",
+    ]
+    scores = scorer.score_many(
+        [(f"<answer>{attack}</answer>", {"dataset": name, "entry": entry}) for attack in attacks]
+    )
+    assert [s.decided for s in scores] == ["refused"] * len(attacks)
+    assert not target.exists()
+
+
+def test_harmless_answers_of_evaluating_scorers_pass() -> None:
+    good = {
+        "n_queens": "_ _ Q _\nQ _ _ _", "spiral_matrix": "[1, 2, 3]", "string_insertion": "['A', 'B']",
+        "countdown": "(3 + 4)*5 - 6/2", "simple_integration": "3*x**2/2 + sin(2*x) + C",
+        "intermediate_integration": "-x*cos(x) + exp(2.5*x)*log(x) + C",
+        "polynomial_multiplication": "6*x**3 - x*(y + 2)",
+    }  # fmt: skip
+    for name, answer in good.items():
+        assert is_harmless(name, answer), name
+    assert is_harmless("chain_sum", "import os; anything (at) all")
+
+
+def test_even_code_that_gets_through_can_do_little(scorer: ReasoningGymScorer, tmp_path: Path) -> None:
+    """The second line: the worker's child has given up its rights. Here the filter is left out."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("rights can be given up on Linux only")
+    from infir2.reward.confine import landlock_version
+
+    if not landlock_version():
+        pytest.skip("this kernel has no Landlock")
+    (tmp_path / "secret").write_text("s")
+    entry = gym.create_dataset("n_queens", size=1, seed=1)[0]
+    attacks = [
+        f"open({str(tmp_path / 'written')!r}, 'w')", f"__import__('os').system('touch {tmp_path / 'shell'}')",
+        f"__import__('os').chmod({str(tmp_path / 'secret')!r}, 0)",
+        "__import__('os').kill(__import__('os').getppid(), 9)",
+    ]  # fmt: skip
+    mode = (tmp_path / "secret").stat().st_mode
+    assert all("value" in found for found in scorer._pool.run([["n_queens", entry, attack] for attack in attacks]))
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"]
+    assert (tmp_path / "secret").stat().st_mode == mode
+
+
+def test_a_bomb_is_killed(scorer: ReasoningGymScorer) -> None:
+    entry = gym.create_dataset("countdown", size=1, seed=1)[0]
+    pairs = [("<answer>9**9**9**9</answer>", entry), (f"<answer>{entry['metadata']['expression']}</answer>", entry)]
+    assert [(s.value, s.decided) for s in scorer.score_many(pairs)] == [(0, "timeout"), (1, "scorer")]
+
+
+@pytest.mark.parametrize("label", ["34", None, "{}", {"dataset": "gcd"}, {"answer": "1", "metadata": {}}])
+def test_bad_entries(label: object) -> None:
+    with pytest.raises(DataError, match="entry"):
+        parse_entry(label)
+
+
+def test_entries_are_not_run_either() -> None:
+    evil = {"answer": "1", "metadata": {"problem": "__import__('os').getpid()"}}
+    with pytest.raises(DataError, match="plain expression"):
+        parse_entry({"dataset": "bitwise_arithmetic", "entry": evil})
+
+
+# shaping --------------------------------------------------------------------------------------------------------------
+def test_overlong_penalty() -> None:
+    """The paper's setting: 16,384 expected, 4,096 more as a buffer, 20,480 at most."""
+    lengths = [0, 16_384, 16_385, 18_432, 20_480, 20_481]
+    expected = [0, 0, -1 / 4096, -0.5, -1, -1]
+    assert [overlong_penalty(length, 20_480, 4096) for length in lengths] == expected
+    assert [overlong_penalty(n, 10, 0) for n in (10, 11)] == [0, -1]
+    with pytest.raises(ValueError, match="buffer"):
+        overlong_penalty(1, 10, 11)
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        ("<think>a</think>b", 0.1), ("a</think>b", 0.1), ("<think>a", 0), ("b", 0), ("<think></think>b", 0),
+        ("<think>a</think>", 0), ("<think>a</think>b</think>", 0), ("<think>a<think>b</think>c", 0),
+        ("<think>a</think>b<think>", 0), ("x<think>a</think>b", 0),
+    ],
+)  # fmt: skip
+def test_format_reward(response: str, reward: float) -> None:
+    assert format_reward(response, 0.1) == reward
+
+
+# test cases of programs -----------------------------------------------------------------------------------------------
+def test_extract_program() -> None:
+    assert extract_program("a\n```python\nx = 1\n```\nb") == "x = 1\n"
+    assert extract_program("```py\n1\n```\n```\n2\n```\n```text\n3\n```") == "2\n"
+    assert extract_program("```python\nprint(1)") is None
+    assert extract_program("<think>```python\n1\n```") is None
+    assert extract_program("<think>```python\n1\n```</think>none") is None
+    assert extract_program("x = 1") is None
+
+
+def test_parse_problem() -> None:
+    both = Problem((StdioCase("1", "2"),))
+    assert parse_problem('{"inputs": ["1"], "outputs": ["2"]}') == both
+    assert parse_problem([{"input": "1", "output": "2", "testtype": "stdin"}]) == both
+    calls = Problem((CallCase(([1, 2], "a"), 3),), "f")
+    assert parse_problem({"inputs": [[[1, 2], "a"]], "outputs": [3], "fn_name": "f"}) == calls
+    rows = [{"input": '[1, 2]\n"a"', "output": "3", "testtype": "functional"}]
+    assert parse_problem({"tests": rows, "fn_name": "f"}) == calls
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "nonsense", "{}", [], {"inputs": ["1"], "outputs": []}, {"inputs": ["1"], "outputs": [" "]}, 7, None,
+        [{"input": "1", "output": "2", "testtype": "functional"}], [{"input": "1"}],
+    ],
+)  # fmt: skip
+def test_bad_problems(label: object) -> None:
+    with pytest.raises(DataError, match="code:"):
+        parse_problem(label)
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected", "same"),
+    [
+        ("1\n2\n", "1\n2", True), ("1 \n2\n\n", "1\n2", True), ("1.50", "1.5", True), ("1  2", "1 2", True),
+        ("0.30000000000000004", "0.3", False), ("1\n\n2", "1\n2", False), ("", "1", False), ("yes", "YES", False),
+        ("1e400", "1", False), ("nan", "nan", True), ("NaN", "1", False), ("1" * 5000, "1", False), ("１", "1", True),
+    ],
+)  # fmt: skip
+def test_same_output(printed: str, expected: str, same: bool) -> None:
+    assert same_output(printed, expected) is same
+
+
+def test_json_values_are_compared_strictly() -> None:
+    assert code._same_json(b"[1, 2.0]", (1, 2))
+    assert not code._same_json(b"true", 1)
+    assert not code._same_json(b"[" * 100_000, 1)
+    assert not code._same_json(b"1" * 100_000, 1)
+
+
+# names ----------------------------------------------------------------------------------------------------------------
+def test_reward_for() -> None:
+    math = reward_for("math", workers=1)
+    assert isinstance(math, MathScorer)
+    assert isinstance(reward_for("choice", letters="AB"), ChoiceScorer)
+    assert isinstance(reward_for("reasoning_gym"), ReasoningGymScorer)
+    with pytest.raises(ConfigError, match="'math'"):
+        reward_for("maths")  # type: ignore[arg-type]

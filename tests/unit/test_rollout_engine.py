@@ -1,0 +1,585 @@
+"""The engine against transformers and against the trainer's own forward pass, whatever the batch looks like."""
+
+import dataclasses
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from infir2.data.tokenizer import load_tokenizer, train_tokenizer
+from infir2.errors import ConfigError
+from infir2.fp8.convert import convert, refresh_weights
+from infir2.fp8.linear import Fp8Linear
+from infir2.fp8.recipe import recipe_named
+from infir2.kernels import quantize
+from infir2.model.attention import Attend, causal_attention
+from infir2.model.config import ModelConfig
+from infir2.model.transformer import CausalLM
+from infir2.rollout.engine import Engine
+from infir2.rollout.interface import RolloutEngine
+from infir2.rollout.options import EngineOptions
+from infir2.rollout.records import Completion, Request, RequestError, SamplingParams
+
+VOCAB = 320
+ARCHITECTURE = ModelConfig(
+    model_type="qwen2",
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=112,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+    rope_theta=10_000.0,
+    initializer_range=0.15,
+    tie_word_embeddings=True,
+    qkv_bias=True,
+)
+# Initialised as real models are: the larger weights above make every rounding error several times larger.
+FP8_ARCHITECTURE = dataclasses.replace(
+    ARCHITECTURE, hidden_size=128, intermediate_size=256, head_dim=32, num_key_value_heads=4, initializer_range=0.02
+)
+
+
+def make_model(config: ModelConfig = ARCHITECTURE, seed: int = 0, dtype: torch.dtype = torch.float32) -> CausalLM:
+    model = CausalLM(config, dtype)
+    model.init_weights(seed)
+    return model
+
+
+def prompts(count: int, longest: int = 60, seed: int = 0) -> list[tuple[int, ...]]:
+    rng = random.Random(seed)
+    return [tuple(rng.choices(range(VOCAB), k=rng.randint(1, longest))) for _ in range(count)]
+
+
+def mixed_requests(count: int, new: int = 16, seed: int = 0) -> list[Request]:
+    """Every way of sampling, with seeds."""
+    kinds = [{}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 20, "temperature": 1.3}, {"top_k": 50, "top_p": 0.7}]
+    return [
+        Request(prompt, SamplingParams(max_new_tokens=new, seed=i, raw_logprobs=True, **kinds[i % len(kinds)]))
+        for i, prompt in enumerate(prompts(count, seed=seed))
+    ]
+
+
+def flat(completions: list[list[Completion]]) -> list[Completion]:
+    return [completion for samples in completions for completion in samples]
+
+
+def assert_same(got: list[Completion], expected: list[Completion], tolerance: float = 1e-5) -> None:
+    for one, other in zip(got, expected, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.finish_reason == other.finish_reason
+        gap = (torch.tensor(one.logprobs) - torch.tensor(other.logprobs)).abs().max().item()
+        assert gap < tolerance, f"{one.request_id}: log-probs differ by {gap:.1e}"
+
+
+@torch.no_grad()
+def forward_logprobs(
+    model: CausalLM, prompt: tuple[int, ...], tokens: tuple[int, ...], attend: Attend = causal_attention
+) -> Tensor:
+    """The trainer's forward pass over one sequence: log-softmax of the logits at the generated tokens."""
+    ids = torch.tensor([prompt + tokens])
+    logits = model(ids, torch.arange(ids.shape[1])[None], attend)[0].float()
+    return logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+def float32_attention(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
+    """As the paged twin computes: everything in float32, rounded once."""
+    return causal_attention(q.float(), k.float(), v.float(), layer_index).to(q.dtype)
+
+
+def gaps(
+    model: CausalLM, requests: list[Request], completions: list[Completion], attend: Attend = causal_attention
+) -> Tensor:
+    """|difference| between the engine's raw log-probs and the trainer's, of every token."""
+    differences = [
+        forward_logprobs(model, request.prompt_ids, done.token_ids, attend) - torch.tensor(done.raw_logprobs)
+        for request, done in zip(requests, completions, strict=True)
+    ]
+    return torch.cat(differences).abs()
+
+
+def worst_gap(model: CausalLM, requests: list[Request], completions: list[Completion]) -> float:
+    return gaps(model, requests, completions).max().item()
+
+
+def assert_nothing_is_held(engine: Engine) -> None:
+    stats = engine.stats()
+    assert (stats.waiting, stats.running, stats.blocks_held) == (0, 0, 0)
+    assert not engine.has_unfinished
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["the cat sat on the mat, the dog on the log"] * 20, 300, folder)
+    return load_tokenizer(folder)
+
+
+def test_greedy_tokens_and_logprobs_equal_transformers(model: CausalLM) -> None:
+    """200 prompts of mixed lengths. Where a near-tie flips, both choices must be equally likely to 1e-5."""
+    content = ARCHITECTURE.to_hf() | {"dtype": "float32", "torch_dtype": "float32"}
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content), attn_implementation="eager").eval()
+    theirs.load_state_dict(model.state_dict(), strict=True)
+    texts, new = prompts(200), 24
+    longest = max(map(len, texts))
+    ids = torch.tensor([(0,) * (longest - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
+    with torch.no_grad():
+        out = theirs.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0)
+    expected = out[:, longest:].tolist()
+
+    params = SamplingParams(temperature=0.0, max_new_tokens=new)
+    engine = Engine(model, options=EngineOptions(max_sequences=64, max_batch_tokens=256, cache_tokens=8192))
+    got = flat(engine.generate([Request(text, params) for text in texts]))
+    assert all(completion.finish_reason == "length" for completion in got)
+    flipped = 0
+    for text, completion, tokens in zip(texts, got, expected):
+        with torch.no_grad():
+            row = torch.tensor([text + completion.token_ids])
+            table = theirs(row).logits[0].log_softmax(-1)[len(text) - 1 : -1]
+        chosen = table.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert (chosen - torch.tensor(completion.logprobs)).abs().max() < 1e-5
+        if list(completion.token_ids) != tokens:
+            flipped += 1
+            first = next(i for i in range(new) if completion.token_ids[i] != tokens[i])
+            assert (table[first, tokens[first]] - chosen[first]).abs() < 1e-5
+    print(f"near-ties that flipped: {flipped} of 200")
+    assert flipped <= 2
+    assert len({completion.token_ids for completion in got}) > 150, "the model repeats itself: the test sees too little"
+    assert_nothing_is_held(engine)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "qwen3", "qkv_bias": False, "qk_norm": True, "tie_word_embeddings": False},
+        {"model_type": "llama", "qkv_bias": False, "num_key_value_heads": 1},
+    ],
+    ids=lambda changes: changes["model_type"],
+)
+def test_other_families_equal_their_own_forward_pass(changes: dict) -> None:
+    model = make_model(dataclasses.replace(ARCHITECTURE, **changes))
+    requests = mixed_requests(10)
+    completions = flat(Engine(model).generate(requests))
+    assert worst_gap(model, requests, completions) < 1e-5
+
+
+def test_samples_do_not_depend_on_the_batch(model: CausalLM) -> None:
+    requests = mixed_requests(50)
+    together = flat(Engine(model).generate(requests))
+    assert worst_gap(model, requests, together) < 1e-5
+    alone = Engine(model)
+    for number in range(0, 50, 3):
+        assert_same(flat(alone.generate([requests[number]])), [together[number]])
+    backwards = flat(Engine(model).generate(requests[::-1]))
+    assert_same(backwards[::-1], together)
+
+
+def test_preemption_changes_nothing(model: CausalLM) -> None:
+    requests = mixed_requests(30, new=24)
+    expected = flat(Engine(model).generate(requests))
+    for prefix_cache in (True, False):
+        tiny = Engine(model, options=EngineOptions(cache_tokens=160, block_size=4, prefix_cache=prefix_cache))
+        assert_same(flat(tiny.generate(requests)), expected)
+        print(f"preemptions: {tiny.stats().preemptions}")
+        assert tiny.stats().preemptions > 10
+        assert tiny.stats().computed_tokens > sum(len(r.prompt_ids) + 24 for r in requests)
+        assert_nothing_is_held(tiny)
+
+
+@pytest.mark.parametrize(("budget", "block_size"), [(8, 16), (33, 4), (4096, 32)])
+def test_chunks_and_block_size_change_nothing(model: CausalLM, budget: int, block_size: int) -> None:
+    requests = mixed_requests(20)
+    expected = flat(Engine(model).generate(requests))
+    options = EngineOptions(max_sequences=8, max_batch_tokens=budget, block_size=block_size, cache_tokens=4096)
+    assert_same(flat(Engine(model, options=options).generate(requests)), expected)
+
+
+def test_seeds_and_samples(model: CausalLM) -> None:
+    prompt = prompts(1)[0]
+
+    def run(seed: int | None, n: int = 1, engine_seed: int = 0) -> list[tuple[int, ...]]:
+        engine = Engine(model, options=EngineOptions(seed=engine_seed))
+        request = Request(prompt, SamplingParams(max_new_tokens=12, seed=seed, n=n))
+        return [completion.token_ids for samples in engine.generate([request, request]) for completion in samples]
+
+    assert run(3, n=4)[:4] == run(3, n=4)[4:] == run(3, n=6)[:4]
+    assert run(3)[0] == run(3, n=4)[0] != run(4)[0]
+    assert len(set(run(3, n=4))) == 4
+    unseeded = run(None, n=3)
+    assert len(set(unseeded)) == 6, "requests without a seed must differ from each other"
+    assert unseeded == run(None, n=3) != run(None, n=3, engine_seed=1)
+
+
+def test_samples_of_a_prompt_share_its_keys_and_values(model: CausalLM) -> None:
+    prompt = tuple(range(100))
+    engine = Engine(model)
+    (samples,) = engine.generate([Request(prompt, SamplingParams(max_new_tokens=4, n=8, raw_logprobs=True))])
+    assert [sample.index for sample in samples] == list(range(8))
+    assert [sample.cached_tokens for sample in samples] == [0] + [96] * 7
+    assert engine.stats().cached_tokens == 7 * 96
+    assert engine.stats().computed_tokens == 100 + 7 * 4 + 8 * 3
+    assert worst_gap(model, [Request(prompt)] * 8, samples) < 1e-5
+
+
+def test_stop_tokens(model: CausalLM) -> None:
+    prompt = prompts(1)[0]
+    free = SamplingParams(temperature=0.0, max_new_tokens=12)
+    engine = Engine(model)
+    tokens = engine.generate([Request(prompt, free)])[0][0].token_ids
+    third = tokens[2]
+    cut = tokens.index(third) + 1
+
+    stopped = engine.generate([Request(prompt, dataclasses.replace(free, stop_token_ids=(third,)))])[0][0]
+    assert (stopped.token_ids, stopped.finish_reason) == (tokens[:cut], "stop")
+    assert len(stopped.logprobs) == len(stopped.versions) == cut
+
+    ending = make_model(dataclasses.replace(ARCHITECTURE, eos_token_ids=(third,)))
+    assert Engine(ending).generate([Request(prompt, free)])[0][0].token_ids == tokens[:cut]
+    ignoring = Engine(ending).generate([Request(prompt, dataclasses.replace(free, ignore_eos=True))])[0][0]
+    assert (ignoring.token_ids, ignoring.finish_reason) == (tokens, "length")
+
+
+def test_stop_strings_and_text(model: CausalLM, tokenizer) -> None:
+    engine = Engine(model, tokenizer)
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    requests = [Request((5,), dataclasses.replace(params, seed=seed)) for seed in range(20)]
+    stops = checked = 0
+    for request, plain in zip(requests, flat(engine.generate(requests))):
+        assert plain.text == tokenizer.decode(plain.token_ids, skip_special_tokens=True)
+        stop = plain.text[10:13]  # may begin and end within tokens
+        if "\ufffd" in stop:
+            continue
+        checked += 1
+        params = dataclasses.replace(request.params, stop=("never appears", stop))
+        done = engine.generate([Request(request.prompt_ids, params)])[0][0]
+        assert done.finish_reason == "stop"
+        assert done.text == plain.text[: plain.text.index(stop)]
+        assert done.token_ids == plain.token_ids[: len(done.token_ids)]
+        # Not one token too many: without the last one the text does not hold the stop string.
+        assert stop in tokenizer.decode(done.token_ids, skip_special_tokens=True)
+        assert stop not in tokenizer.decode(done.token_ids[:-1], skip_special_tokens=True)
+        stops += 1
+    assert stops == checked >= 5
+    assert not engine._texts
+
+
+def test_the_stop_token_is_no_part_of_the_text(model: CausalLM, tokenizer) -> None:
+    engine = Engine(model, tokenizer)
+    params = SamplingParams(temperature=0.0, max_new_tokens=8)
+    plain = engine.generate([Request((5,), params)])[0][0]
+    stopped = engine.generate([Request((5,), dataclasses.replace(params, stop_token_ids=(plain.token_ids[0],)))])[0][0]
+    assert (stopped.token_ids, stopped.text) == (plain.token_ids[:1], "")
+
+
+def test_abort_returns_what_there_is_and_frees_the_blocks(model: CausalLM) -> None:
+    engine = Engine(model)
+    keep = engine.add_request(Request((1, 2, 3), SamplingParams(max_new_tokens=10)))
+    drop = engine.add_request(Request(tuple(range(50)), SamplingParams(max_new_tokens=100, n=3)), "mine")
+    events = [event for _ in range(5) for event in engine.step()]
+    held = engine.stats().blocks_held
+    aborted = engine.abort(drop)
+    assert engine.stats().blocks_held < held
+    assert engine.abort(drop) == engine.abort("unknown") == []
+    assert [sample.finish_reason for sample in aborted] == ["abort"] * 3
+    for sample in aborted:
+        assert sample.token_ids == tuple(
+            e.token_id for e in events if (e.request_id, e.index) == ("mine", sample.index)
+        )
+    assert sum(len(sample.token_ids) for sample in aborted) > 3
+    finished = []
+    while engine.has_unfinished:
+        finished += [event.completion for event in engine.step() if event.completion]
+    assert [(done.request_id, len(done.token_ids)) for done in finished] == [(keep, 10)]
+    assert_nothing_is_held(engine)
+
+
+def test_a_thousand_random_requests_and_aborts_leak_nothing(model: CausalLM) -> None:
+    rng = random.Random(5)
+    engine = Engine(model, options=EngineOptions(cache_tokens=96, block_size=4, max_sequences=6, max_batch_tokens=32))
+    alive: list[str] = []
+    finished = aborted = 0
+    texts = prompts(30, longest=40)
+    for _ in range(1000):
+        if rng.random() < 0.5:
+            params = SamplingParams(max_new_tokens=rng.randint(1, 12), n=rng.choice([1, 1, 2, 3]))
+            alive.append(engine.add_request(Request(rng.choice(texts), params)))
+        elif alive:
+            aborted += len(engine.abort(alive.pop(rng.randrange(len(alive)))))
+        if rng.random() < 0.5:
+            finished += sum(event.completion is not None for event in engine.step())
+    aborted += len(engine.pause("abort"))
+    print(f"{finished} finished, {aborted} aborted, {engine.stats().preemptions} preemptions")
+    assert finished > 30
+    assert aborted > 300
+    assert engine.stats().preemptions > 0
+    assert_nothing_is_held(engine)
+
+
+def test_weight_updates_flush_the_prefixes_and_stamp_the_tokens() -> None:
+    model, other = make_model(seed=0), make_model(seed=1)
+    engine = Engine(model, weight_version=7)
+    request = Request(tuple(range(40)), SamplingParams(max_new_tokens=3, seed=1, raw_logprobs=True))
+
+    before = engine.generate([request])[0][0]
+    assert engine.generate([request])[0][0].cached_tokens == 32
+    checksum = engine.checksum()
+    engine.begin_update(8)
+    with pytest.raises(RuntimeError, match="being updated"):
+        engine.generate([request])
+    with pytest.raises(RuntimeError, match="being updated"):
+        engine.step()
+    model.load_state_dict(other.state_dict())  # as a trainer does it: in place
+    engine.end_update()
+    after = engine.generate([request])[0][0]
+    assert (before.versions, after.versions) == ((7,) * 3, (8,) * 3)
+    assert after.cached_tokens == 0
+    assert worst_gap(other, [request], [after]) < 1e-5
+    assert engine.checksum() != checksum
+
+    engine.begin_update(9)
+    engine.update(make_model(seed=0).state_dict().items())
+    engine.end_update()
+    assert engine.generate([request])[0][0].token_ids == before.token_ids
+    assert engine.checksum() == checksum
+
+
+def test_an_update_needs_its_order() -> None:
+    engine = Engine(make_model(), weight_version=2)
+    with pytest.raises(RuntimeError, match="without begin_update"):
+        engine.end_update()
+    with pytest.raises(RuntimeError, match="without begin_update"):
+        engine.update([])
+    with pytest.raises(ValueError, match="version 2 does not follow 2"):
+        engine.begin_update(2)
+    engine.begin_update(3)
+    with pytest.raises(RuntimeError, match="has not ended"):
+        engine.begin_update(4)
+    with pytest.raises(ValueError, match="no parameter of that name"):
+        engine.update([("model.nothing", torch.zeros(1))])
+    with pytest.raises(ValueError, match=r"the model has shape \[64\]"):
+        engine.update([("model.norm.weight", torch.zeros(3))])
+
+
+@pytest.mark.parametrize("mode", ["keep", "recompute"])
+def test_weights_may_change_in_flight(mode: str) -> None:
+    model, other = make_model(seed=0), make_model(seed=1)
+    engine = Engine(model)
+    request = Request(tuple(range(40)), SamplingParams(max_new_tokens=8, seed=1, raw_logprobs=True))
+
+    def change(finished: int, total: int) -> None:
+        if engine.stats().steps == 4:
+            assert engine.pause(mode) == []
+            assert engine.step() == []
+            engine.begin_update(1)
+            model.load_state_dict(other.state_dict())
+            engine.end_update()
+            engine.resume()
+
+    (done,) = engine.generate([request], change)[0]
+    assert done.versions == (0,) * 4 + (1,) * 4
+    expected = forward_logprobs(other, request.prompt_ids, done.token_ids)
+    gap = (expected - torch.tensor(done.raw_logprobs)).abs()
+    # Recomputed, the later tokens are exactly what the new weights give; else they still see the old keys and values.
+    assert (gap[4:].max() < 1e-5) == (mode == "recompute")
+    again = engine.generate([request])[0][0]
+    assert again.cached_tokens == (32 if mode == "recompute" else 0), "a mixed prefix must not be reused"
+
+
+def test_sleep_frees_the_cache_and_nothing_is_lost(model: CausalLM) -> None:
+    requests = mixed_requests(6, new=12)
+    expected = flat(Engine(model).generate(requests))
+    engine = Engine(model)
+    ids = [engine.add_request(request) for request in requests]
+    size = engine.stats().cache_bytes
+    assert size == 2 * 2 * 65_536 * 2 * 16 * 4  # layers, keys and values, tokens, heads, head_dim, bytes
+    found: dict[str, Completion] = {}
+    while engine.has_unfinished:
+        if engine.stats().steps in (3, 7):
+            engine.sleep()
+            engine.sleep()
+            assert engine.stats().cache_bytes == 0
+            assert engine.stats().blocks_held == 0
+            with pytest.raises(RuntimeError, match="asleep"):
+                engine.step()
+            engine.wake()
+            engine.wake()
+            assert engine.stats().cache_bytes == size
+        found |= {e.completion.request_id: e.completion for e in engine.step() if e.completion}
+    assert_same([found[request_id] for request_id in ids], expected)
+
+
+@pytest.mark.parametrize("recipe", ["blockwise", "rowwise"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_fp8_weights_are_the_trainers(recipe: str, dtype: torch.dtype) -> None:
+    model = make_model(FP8_ARCHITECTURE, dtype=dtype)
+    report = convert(model, recipe_named(recipe))
+    assert len(report.converted) == 14
+    refresh_weights(model)
+    layer = next(module for module in model.modules() if isinstance(module, Fp8Linear))
+    codes = layer.weight_operand().codes.data_ptr()
+    requests = mixed_requests(20)
+    engine = Engine(model)
+    assert engine.capabilities.fp8_weights
+    assert engine.capabilities.batch_invariant
+    completions = flat(engine.generate(requests))
+    assert layer.weight_operand().codes.data_ptr() == codes, "the engine quantised the weights again"
+    found = gaps(model, requests, completions)
+    same_attention = gaps(model, requests, completions, float32_attention)
+    print(f"{recipe} {dtype}: mean {found.mean():.1e}, with the same attention {same_attention.mean():.1e}")
+    # What is left in bfloat16 is the rounding inside the trainer's attention kernel, not the engine.
+    assert found.mean() < (1e-4 if dtype == torch.float32 else 8e-3)
+    assert same_attention.mean() < (1e-4 if dtype == torch.float32 else 1e-3)
+    for number in (0, 7, 19):  # alone, and so with other numbers of rows in every GEMM
+        assert_same(flat(engine.generate([requests[number]])), [completions[number]])
+    # The trainer's backward pass still works with the codes that the engine has used.
+    loss = model(torch.tensor([[1, 2, 3]]), torch.arange(3)[None], causal_attention).float().square().mean()
+    loss.backward()
+
+
+def test_activation_codes_of_a_token_do_not_depend_on_its_batch() -> None:
+    x = torch.randn(40, 256, generator=torch.Generator().manual_seed(0))
+    for granularity in ("tile", "channel"):
+        codes, scale = quantize.quantize(x, granularity, "ue8m0")
+        for rows in (slice(7, 8), slice(3, 30)):
+            part, part_scale = quantize.quantize(x[rows], granularity, "ue8m0")
+            assert torch.equal(part.view(torch.uint8), codes[rows].view(torch.uint8))
+            assert torch.equal(part_scale, scale[rows])
+    model = make_model(FP8_ARCHITECTURE)
+    convert(model, recipe_named("tensorwise"))
+    assert not Engine(model).capabilities.batch_invariant
+
+
+def test_fp8_cache_stays_close() -> None:
+    model = make_model(FP8_ARCHITECTURE)
+    requests = mixed_requests(20)
+    engine = Engine(model, options=EngineOptions(cache_dtype="fp8"))
+    assert engine.capabilities.fp8_cache
+    completions = flat(engine.generate(requests))
+    found = gaps(model, requests, completions)
+    print(f"FP8 cache: mean {found.mean():.1e}, largest {found.max():.1e}")
+    assert 1e-5 < found.mean() < 0.01
+    # It is as independent of the batch as any other: a token's scale is its own.
+    assert_same(flat(engine.generate(requests[4:5])), completions[4:5], tolerance=1e-3)
+
+
+def test_generate_leaves_nothing_behind_when_it_is_interrupted(model: CausalLM) -> None:
+    engine = Engine(model)
+    requests = mixed_requests(5)
+
+    def interrupt(finished: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(requests, interrupt)
+    assert_nothing_is_held(engine)
+    with pytest.raises(RequestError):
+        engine.generate([*requests, Request(())])
+    assert_nothing_is_held(engine)
+    with pytest.raises(RuntimeError, match="the engine is paused"):
+        engine.generate(requests, lambda finished, total: engine.pause() and None)
+    engine.resume()
+    assert_nothing_is_held(engine)
+    engine.add_request(requests[0])
+    with pytest.raises(RuntimeError, match="for itself"):
+        engine.generate(requests)
+
+
+def test_progress_counts_and_may_abort(model: CausalLM) -> None:
+    engine = Engine(model)
+    seen: list[tuple[int, int]] = []
+
+    def watch(finished: int, total: int) -> None:
+        seen.append((finished, total))
+        if len(seen) == 5:
+            engine.abort("request-1")
+
+    requests = [Request((1, 2), SamplingParams(max_new_tokens=new, n=2)) for new in (3, 20, 9)]
+    completions = engine.generate(requests, watch)
+    assert [len(samples) for samples in completions] == [2, 2, 2]
+    assert [samples[0].finish_reason for samples in completions] == ["length", "abort", "length"]
+    assert len(completions[1][0].token_ids) == 5
+    assert seen[0] == (0, 6)
+    assert seen[-1] == (6, 6)
+    assert all(a <= b for a, b in itertools.pairwise(seen))
+
+
+def test_weights_that_are_not_finite_are_noticed() -> None:
+    model = make_model()
+    engine = Engine(model, weight_version=3)
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="weight version 3"):
+        engine.generate([Request((1, 2, 3), SamplingParams(max_new_tokens=4))])
+    assert_nothing_is_held(engine)
+
+
+def test_checksums_tell_weights_apart() -> None:
+    model = make_model(FP8_ARCHITECTURE)
+    plain = Engine(model).checksum()
+    assert plain == Engine(make_model(FP8_ARCHITECTURE)).checksum()
+    weight = model.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[0, 0], weight[0, 1] = weight[0, 1].item(), weight[0, 0].item()
+    assert plain != Engine(model).checksum()
+    convert(model, recipe_named("blockwise"))
+    refresh_weights(model)
+    converted = Engine(model).checksum()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj._operand.codes.view(torch.uint8)[0, 0] ^= 1
+    assert converted != Engine(model).checksum()
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(()), "no tokens"),
+        (Request((1, VOCAB)), f"outside 0 to {VOCAB - 1}"),
+        (Request((-1,)), "outside 0 to"),
+        (
+            Request((1,) * 200, SamplingParams(max_new_tokens=57)),
+            "200 prompt tokens and max_new_tokens 57 exceed the 256",
+        ),
+        (Request((1,) * 40, SamplingParams(max_new_tokens=100)), "cache of 128 tokens; raise cache_tokens"),
+        (Request((1,), SamplingParams(stop=("x",), max_new_tokens=2)), "need an engine with a tokenizer"),
+    ],
+)
+def test_requests_that_cannot_be_served_are_refused(model: CausalLM, request_: Request, message: str) -> None:
+    engine = Engine(model, options=EngineOptions(cache_tokens=128))
+    with pytest.raises(RequestError, match=message):
+        engine.add_request(request_)
+    assert_nothing_is_held(engine)
+    engine.add_request(Request((1,), SamplingParams(max_new_tokens=2)), "twice")
+    with pytest.raises(RequestError, match="twice: a request with this id"):
+        engine.add_request(Request((1,), SamplingParams(max_new_tokens=2)), "twice")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"block_size": 0}, "block_size: 0"),
+        ({"max_sequences": 512, "max_batch_tokens": 256}, "max_batch_tokens: 256 is less than max_sequences"),
+        ({"cache_tokens": 8}, "cache_tokens: 8 is less than one block"),
+        ({"cache_dtype": "int4"}, "cache_dtype: 'int4'"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineOptions(**values)
+
+
+def test_the_engine_is_a_rollout_engine(model: CausalLM) -> None:
+    engine: RolloutEngine = Engine(model)  # mypy checks the signatures; this checks the names
+    for name in (n for n in vars(RolloutEngine) if not n.startswith("_")):
+        assert hasattr(engine, name), name

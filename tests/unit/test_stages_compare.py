@@ -1,0 +1,49 @@
+"""`infir2 compare`: paired differences, and the variants that are compared."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from infir2.config import CptConfig
+from infir2.stages.compare import paired_difference, summarise, variant
+
+
+def test_paired_difference_by_hand() -> None:
+    result = paired_difference([2.0, 4.0, 5.0], [2.02, 4.04, 5.10])  # +1 %, +1 %, +2 %
+    assert result.mean == pytest.approx(0.04 / 3)
+    half = 4.303 * math.sqrt(((0.01 - 0.04 / 3) ** 2 * 2 + (0.02 - 0.04 / 3) ** 2) / 2) / math.sqrt(3)
+    assert (result.low95, result.high95) == (pytest.approx(0.04 / 3 - half), pytest.approx(0.04 / 3 + half))
+    one = paired_difference([2.0], [2.1])
+    assert (one.low95, one.high95) == (None, None)
+
+
+def test_variants_differ_in_precision_seed_and_folder_alone() -> None:
+    config = CptConfig.model_validate(
+        {
+            "run": "runs/x",
+            "model": {"preset": "tiny"},
+            "data": {"seq_len": 8, "sources": {"a": 1}},
+            "optim": {"lr": 1e-3},
+            "train": {"steps": 2, "global_batch": 1},
+        }
+    )
+    one, other = variant(config, "bf16", 3), variant(config, "hybrid", 3)
+    assert (one.run, other.run) == ("runs/x/bf16-seed3", "runs/x/hybrid-seed3")
+    assert (one.fp8.recipe, other.fp8.recipe, one.train.seed) == ("bf16", "hybrid", 3)
+    assert one.data == other.data
+    assert one.optim == other.optim
+
+
+def test_an_unfinished_run_leaves_its_pair_out(tmp_path: Path) -> None:
+    for name, seed, last, loss in (("bf16", 1, 4, 2.0), ("fp8", 1, 4, 2.2), ("bf16", 2, 4, 2.0), ("fp8", 2, 3, 9.0)):
+        run = tmp_path / f"{name}-seed{seed}"
+        run.mkdir()
+        lines = [{"kind": "train", "step": step, "loss": 3.0} for step in range(1, last + 1)]
+        lines.append({"kind": "eval", "step": last, "eval_loss": loss})
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = summarise(tmp_path, ["bf16", "fp8"], [1, 2])
+    assert result["difference"]["fp8"]["seeds"] == [1]
+    assert result["difference"]["fp8"]["mean"] == pytest.approx(0.1)
+    assert result["curves"]["fp8"][2]["step"] == [1, 2, 3]

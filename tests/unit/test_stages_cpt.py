@@ -1,0 +1,392 @@
+"""`infir2 cpt` in this process: run folder, resume, bad input, starting points, options that must not change losses."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_run import ARCHITECTURE, SEQ_LEN, loss_bits, metrics_lines, write_corpus, write_model
+from torch._dynamo.utils import counters
+
+from infir2 import cli
+from infir2.checkpoint.state import model_state, optimizer_state
+from infir2.checkpoint.store import CheckpointStore
+from infir2.config import CptConfig, load
+from infir2.data.loader import TokenLoader
+from infir2.data.megatron import TokenWriter
+from infir2.errors import UserError
+from infir2.model.attention import document_attention
+from infir2.parallel.runtime import World
+from infir2.stages.cpt import architecture_of
+from infir2.stages.run_folder import locked
+from infir2.stages.training import build_model
+from infir2.train.optimizer import build_optimizer, set_learning_rate
+from infir2.train.step import train_step
+
+Recipe = Callable[..., tuple[Path, Path]]
+WORLD = World(0, 1, torch.device("cpu"), None)
+
+
+def cpt(path: Path, *words: str) -> int:
+    return cli.main(["cpt", str(path), *words])
+
+
+def error_of(capsys: pytest.CaptureFixture[str], path: Path, *words: str) -> str:
+    """The one line on stderr of a run that a user's mistake ends."""
+    capsys.readouterr()
+    assert cpt(path, *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("infir2: error: ")
+    return line.removeprefix("infir2: error: ")
+
+
+def steps_in(run: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The process dies (as far as the run folder can tell) before it has done ``step``."""
+    true = TokenLoader.step
+
+    def dying(self: TokenLoader, n: int, offset: int = 0) -> list:
+        if n + 1 == step:
+            raise KeyboardInterrupt
+        return true(self, n, offset)
+
+    monkeypatch.setattr(TokenLoader, "step", dying)
+
+
+# A run and its folder
+
+
+def test_dry_run_tells_and_writes_nothing(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    path, run = recipe(**{"train.activation_checkpointing": "full"})
+    assert cpt(path, "--dry-run", "--optim.lr", "5e-4") == 0
+    told = capsys.readouterr().out
+    assert "lr = 0.0005" in told
+    assert f"parameters: {ARCHITECTURE.num_parameters():,}" in told
+    assert "tokens: 2,048 in 8 steps of 4 sequences" in told
+    assert "14 of 15 linear layers converted" in told
+    assert "together" in told
+    assert not run.exists()
+
+
+def test_the_run_folder(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    path, run = recipe(**{"log.tensorboard": True, "fp8.health_every": 4, "model.dtype": "bfloat16"})
+    assert cpt(path, "--train.seed", "5") == 0
+    assert {item.name for item in run.iterdir()} == {
+        *("config.toml", "run.json", "metrics.jsonl", "tensorboard", "checkpoints", ".lock"),
+    }
+    assert load(CptConfig, run / "config.toml") == load(CptConfig, path, ["--train.seed", "5"])
+    record = json.loads((run / "run.json").read_text())
+    assert record["fp8"] == {
+        "recipe": "blockwise",
+        "converted": 14,
+        "kept": {"lm_head": "the output head stays in bf16"},
+    }
+    assert record["processes"] == 1
+    lines = metrics_lines(run)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1, "it learns"
+    assert [line["step"] for line in metrics_lines(run, "eval")] == [4, 8]
+    health = metrics_lines(run, "health")
+    assert [line["step"] for line in health] == [1, 4, 8]
+    assert len(health[0]["layers"]) == 14
+    assert {"x_underflow", "w_sqnr_db", "g_saturated"} <= health[0]["layers"]["model.layers.0.mlp.up_proj"].keys()
+    assert steps_in(run) == [4, 8]
+    meta = json.loads((run / "checkpoints/step-000008/meta.json").read_text())
+    assert meta["progress"] == {"step": 8, "tokens": lines[-1]["tokens"], "skipped": 0, "skipped_in_a_row": 0}
+
+    before = (run / "metrics.jsonl").read_bytes()
+    assert cpt(path, "--train.seed", "5") == 0, "a finished run has nothing left to do"
+    assert [line["event"] for line in metrics_lines(run, "event")].count("resume") == 1
+    assert (run / "metrics.jsonl").read_bytes().startswith(before)
+
+
+def test_retention(recipe: Recipe) -> None:
+    path, run = recipe(**{"train.save_every": 1, "train.keep_checkpoints": 2, "train.keep_every": 3})
+    assert cpt(path) == 0
+    assert steps_in(run) == [3, 6, 7, 8]
+
+
+# Resume
+
+
+@pytest.mark.parametrize("async_save", [True, False])
+def test_resume_continues_where_the_checkpoint_was(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, async_save: bool
+) -> None:
+    settings = {"train.steps": 10, "train.save_every": 3, "train.eval_every": 2, "train.async_save": async_save}
+    whole, expected = recipe("whole", **settings)
+    assert cpt(whole) == 0
+    path, run = recipe("cut", **settings)
+    for step, saved in ((6, 3), (9, 6)):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, step)
+            assert cpt(path) == 130
+        assert steps_in(run)[-1] == saved
+        assert [line["step"] for line in metrics_lines(run)] == list(range(1, step))
+    assert cpt(path) == 0
+    assert loss_bits(run) == loss_bits(expected)
+    assert [line["step"] for line in metrics_lines(run)] == list(range(1, 11)), "every step once, in order"
+    resumes = [line for line in metrics_lines(run, "event") if line["event"] == "resume"]
+    assert [(line["step"], Path(line["from"]).name) for line in resumes] == [(3, "step-000003"), (6, "step-000006")]
+    assert metrics_lines(run)[-1]["tokens"] == metrics_lines(expected)[-1]["tokens"]
+
+
+def test_a_longer_run_resumes_a_finished_one(recipe: Recipe) -> None:
+    constant = {"optim.schedule": "constant", "train.eval_every": 0}
+    path, run = recipe(**constant)
+    assert cpt(path) == 0
+    assert cpt(path, "--train.steps", "11") == 0
+    whole, expected = recipe("whole", **constant, **{"train.steps": 11})
+    assert cpt(whole) == 0
+    assert loss_bits(run) == loss_bits(expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (("--data.seq_len", "32"), "other data or another order (sources, weights, seq_len or seed changed)"),
+        (("--train.seed", "9"), "other data or another order"),
+        (("--train.global_batch", "8"), "train.global_batch = 4, the recipe says 8"),
+        (("--data.sources", "{ 'OTHER' = 1.0 }"), "other data or another order"),
+        (("--model.path", "OTHER_MODEL"), "does not fit this model"),
+    ],
+)
+def test_what_a_resume_must_not_change(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path, override: tuple[str, str], said: str
+) -> None:
+    path, run = recipe(**{"train.steps": 3, "optim.decay_steps": 0, "train.eval_every": 0})
+    assert cpt(path) == 0
+    other = write_corpus(tmp_path / "other", seed=5)
+    model = write_model(tmp_path / "other_model", num_hidden_layers=1)
+    value = override[1].replace("OTHER_MODEL", str(model)).replace("OTHER", str(other))
+    files = {item: item.read_bytes() for item in run.rglob("*") if item.is_file()}
+    message = error_of(capsys, path, "--train.steps", "5", override[0], value)
+    assert said in message
+    assert f"{run}/checkpoints/step-000003" in message
+    assert {item: item.read_bytes() for item in run.rglob("*") if item.is_file()} == files, "nothing is touched"
+
+
+def test_moved_data_and_another_micro_batch_resume(recipe: Recipe, corpus: Path, tmp_path: Path) -> None:
+    path, run = recipe(**{"train.steps": 3, "optim.decay_steps": 0, "train.eval_every": 0})
+    assert cpt(path) == 0
+    moved = shutil.copytree(corpus, tmp_path / "moved")
+    words = ("--data.sources", f"{{ '{moved}' = 2.0 }}", "--train.micro_batch", "4", "--train.steps", "4")
+    assert cpt(path, *words) == 0
+    assert [line["step"] for line in metrics_lines(run)] == [1, 2, 3, 4]
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--optim.lrr", "1"), "optim.lrr: unknown key. Did you mean 'lr'?"),
+        (("--optim.lr", "fast"), "optim.lr: input should be a valid number"),
+        (("--train.micro_batch", "3"), "train.global_batch (4) is not a multiple of train.micro_batch (3)"),
+        (("--optim.warmup_steps", "9"), "exceed train.steps (8)"),
+        (("--model.preset", "tiny"), "exactly one of model.preset and model.path"),
+        (("--data.seq_len", "129"), "data.seq_len: 129 tokens exceed the model's max_position_embeddings (128)"),
+        (("--data.sources", "{ '/nowhere/x' = 1.0 }"), "data.sources: /nowhere/x: there is neither a folder"),
+        (("--model.path", "/nowhere/model"), "/nowhere/model: no such model folder"),
+        (("--parallel.replicate", "2"), "parallel.replicate (2) does not divide the 1 process(es)"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_mistakes_are_told_in_one_line_before_anything_is_written(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str, dry_run: bool
+) -> None:
+    path, run = recipe()
+    assert said in error_of(capsys, path, *words, *(["--dry-run"] if dry_run else []))
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_vocabulary_too_small_for_the_data(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path, corpus: Path, dry_run: bool
+) -> None:
+    small = write_model(tmp_path / "small", vocab_size=128)
+    path, run = recipe()
+    words = ["--dry-run"] if dry_run else []
+    message = error_of(capsys, path, "--model.path", str(small), *words)
+    assert f"{corpus}: made with a tokenizer of 256 tokens, but the model has 128" in message
+    preset, _ = recipe("preset")
+    preset.write_text(preset.read_text().replace("path =", 'preset = "tiny"\nvocab_size = 128 #'))
+    assert "made with a tokenizer of 256 tokens, but the model has 128" in error_of(capsys, preset, *words)
+    assert not run.exists()
+
+
+def test_a_megatron_pair_needs_a_vocabulary_size(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with TokenWriter(tmp_path / "pair", 256) as writer:
+        for start in range(60):
+            writer.add_document((np.arange(100) * 3 + start) % 256)
+    path, run = recipe(**{"train.steps": 2, "optim.warmup_steps": 0})
+    path.write_text(path.read_text().replace("path =", 'preset = "tiny" #'))
+    words = ("--data.sources", f"{{ '{tmp_path}/pair' = 1.0 }}")
+    assert error_of(capsys, path, *words).startswith("model.vocab_size: required")
+    assert "the vocabulary has 200" in error_of(capsys, path, *words, "--model.vocab_size", "200")
+    assert cpt(path, *words, "--model.vocab_size", "256") == 0
+    assert len(metrics_lines(run)) == 2
+
+
+def test_a_start_checkpoint_that_is_not_there(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    path, run = recipe()
+    assert error_of(capsys, path, "--init.checkpoint", "/nowhere/x").startswith("/nowhere/x: no such checkpoint folder")
+    assert {item.name for item in run.iterdir()} == {".lock"}
+
+
+def test_a_run_folder_that_cannot_be_made(recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path, run = recipe()
+    run.write_text("a file is in the way")
+    assert str(run) in error_of(capsys, path)
+
+
+# Where a run starts from
+
+
+def test_it_starts_from_a_hugging_face_folder(recipe: Recipe, start_model: Path) -> None:
+    path, _ = recipe()
+    config = load(CptConfig, path)
+    model, _ = build_model(config, architecture_of(config), WORLD)
+    stored = load_file(start_model / "model.safetensors")
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == stored.keys()
+    assert all(torch.equal(parameters[name].detach(), value) for name, value in stored.items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_decay_run_from_a_stable_checkpoint(recipe: Recipe) -> None:
+    """Fresh schedule, kept moments, data where the stable run was: the same losses as going on by hand."""
+    settings = {"model.dtype": "float32", "train.eval_every": 0}
+    stable, stable_run = recipe("stable", **settings, **{"optim.decay_steps": 0, "train.steps": 5})
+    assert cpt(stable) == 0
+    decay = {"optim.warmup_steps": 0, "optim.decay_steps": 4, "optim.min_lr": 1e-4, "train.steps": 4}
+    checkpoint = str(stable_run / "checkpoints/step-000004")
+    path, run = recipe("decay", **settings, **decay, **{"init.checkpoint": checkpoint, "train.save_every": 2})
+    assert cpt(path) == 0
+    lines = metrics_lines(run)
+    rates = [1e-4 + 1.9e-3 * (1 + np.cos(np.pi * n / 4)) / 2 for n in (1, 2, 3, 4)]
+    assert [line["lr"] for line in lines] == pytest.approx(rates, rel=1e-12)
+
+    config = load(CptConfig, path)
+    model, _ = build_model(config, architecture_of(config), WORLD)
+    optimizer = build_optimizer(model, config.optim)
+    store = CheckpointStore(stable_run / "checkpoints")
+    store.load(Path(checkpoint), {"model": model_state(model), "optim": optimizer_state(model, optimizer)})
+    data = config.data
+    loader = TokenLoader(data.sources, SEQ_LEN, config.train.seed, 4, 2, vocab_size=256)
+    for n, line in enumerate(lines):
+        set_learning_rate(optimizer, line["lr"])
+        attention = lambda batch: document_attention(batch, torch.float32)  # noqa: E731
+        result = train_step(model, optimizer, loader.step(4 + n), WORLD, attention, config.optim.clip)
+        assert (result.loss, result.grad_norm) == (line["loss"], line["grad_norm"])
+    (event,) = (line for line in metrics_lines(run, "event") if line["event"] == "init")
+    assert event["from"] == checkpoint
+    assert event["data"] == "continued"
+    meta = json.loads((run / "checkpoints/step-000004/meta.json").read_text())
+    assert (meta["data_offset"], meta["progress"]["step"]) == (16, 4)
+
+    resumed, resumed_run = recipe("again", **settings, **decay, **{"init.checkpoint": checkpoint})
+    shutil.copytree(run / "checkpoints/step-000002", resumed_run / "checkpoints/step-000002")
+    assert cpt(resumed) == 0
+    assert loss_bits(resumed_run) == loss_bits(run)[2:], "a resumed decay run keeps its place in the data"
+
+
+def test_init_without_the_optimizer_and_with_other_data(recipe: Recipe, tmp_path: Path) -> None:
+    settings = {"model.dtype": "float32", "train.eval_every": 0, "optim.decay_steps": 0}
+    stable, stable_run = recipe("stable", **settings, **{"train.steps": 4})
+    assert cpt(stable) == 0
+    again = settings | {"train.steps": 2, "init.checkpoint": str(stable_run), "optim.warmup_steps": 0}
+    kept, kept_run = recipe("kept", **again)
+    fresh, fresh_run = recipe("fresh", **again, **{"init.keep_optimizer": False})
+    other = write_corpus(tmp_path / "other", seed=5)
+    moved, moved_run = recipe("moved", **again, **{"data.sources": {str(other): 1.0}})
+    assert [cpt(path) for path in (kept, fresh, moved)] == [0, 0, 0]
+    first, second = zip(loss_bits(kept_run), loss_bits(fresh_run))
+    assert first[0] == first[1], "the same weights and data"
+    assert second[0] != second[1], "another update"
+    (event,) = (line for line in metrics_lines(moved_run, "event") if line["event"] == "init")
+    assert event["data"] == "from its beginning"
+
+
+# Options that must not change losses
+
+
+def test_activation_checkpointing_gives_the_same_bits(recipe: Recipe) -> None:
+    runs = []
+    for choice in ("none", "full"):
+        path, run = recipe(choice, **{"train.activation_checkpointing": choice, "fp8.health_every": 4})
+        assert cpt(path) == 0
+        runs.append(loss_bits(run))
+    assert runs[0] == runs[1]
+
+
+@pytest.fixture
+def torch_as_it_was() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.mark.usefixtures("torch_as_it_was")
+def test_deterministic_mode_gives_the_same_bits(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    runs = []
+    for name in ("one", "two"):
+        path, run = recipe(name, **{"train.deterministic": True})
+        assert cpt(path) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+        runs.append(loss_bits(run))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fp8", "checkpointing"), [("blockwise", "none"), ("blockwise", "full"), ("bf16", "none")])
+def test_compiled_layers(recipe: Recipe, tmp_path: Path, fp8: str, checkpointing: str) -> None:
+    """Really compiled, with losses close to eager's, in a run that also evaluates and measures FP8 health."""
+    model = write_model(tmp_path / "one_layer", num_hidden_layers=1)
+    runs = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        counters.clear()
+        settings = {"train.compile": compiled, "fp8.recipe": fp8, "fp8.health_every": 3, "model.path": str(model)}
+        settings |= {"train.activation_checkpointing": checkpointing, "data.document_attention": False}
+        path, run = recipe(f"compile_{compiled}", **settings)
+        assert cpt(path) == 0
+        assert counters["stats"]["unique_graphs"] == 2 * compiled, "one with gradients and one for evaluation"
+        assert [line["step"] for line in metrics_lines(run, "health")] == ([1, 3, 6] if fp8 == "blockwise" else [])
+        runs.append(np.array([line["loss"] for line in metrics_lines(run)]))
+    difference = np.abs(runs[1] / runs[0] - 1).max()
+    print(f"compile {fp8} {checkpointing}: largest relative difference of a loss {difference:.1e}")
+    assert 0 < difference < 2e-3
+
+
+def test_a_second_process_on_the_same_run_folder_is_refused(recipe, tmp_path: Path) -> None:
+    """The lock is held by another process here: a lock of this one would not refuse itself."""
+    run = tmp_path / "run"
+    run.mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import fcntl,sys; f=open({str(run / '.lock')!r},'a'); fcntl.flock(f, fcntl.LOCK_EX);"
+         "print('held', flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process is training into this run folder"), locked(run, WORLD):
+            pass
+    finally:
+        holder.communicate("")
+    with locked(run, WORLD):
+        pass

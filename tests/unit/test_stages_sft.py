@@ -1,0 +1,282 @@
+"""`infir2 sft` in this process: run folder, resume, stage 2 from stage 1, rows counted, mistakes in one line."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_run import loss_bits, metrics_lines, write_model
+from transformers import AutoTokenizer
+
+from infir2 import cli
+from infir2.checkpoint.state import model_state
+from infir2.checkpoint.store import CheckpointStore, peek_meta
+from infir2.config import SftConfig, load
+from infir2.data import tokenizer as tok
+from infir2.data.sft import SftLoader
+from infir2.parallel.runtime import World
+from infir2.stages.sft import open_model
+from infir2.stages.training import build_model
+
+Recipe = Callable[..., tuple[Path, Path]]
+WORLD = World(0, 1, torch.device("cpu"), None)
+
+
+def write_rows(path: Path, count: int, seed: int = 0) -> Path:
+    rng = random.Random(seed)
+    with open(path, "w") as file:
+        for _ in range(count):
+            a, b = rng.randrange(10), rng.randrange(10)
+            messages = [{"role": "user", "content": f"{a}+{b}"}, {"role": "assistant", "content": f"{a + b}."}]
+            file.write(json.dumps({"messages": messages * rng.randint(1, 3)}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with a tokenizer that has a ChatML template."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    write_model(folder, vocab_size=384)
+    tok.train_tokenizer(["user assistant 1+2 3."] * 3, 300, folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, chat_model: Path) -> Recipe:
+    """``recipe("name", **{"train.epochs": 3})`` -> (recipe file, run folder): 21 rows, 1 of them held out, 3 a step."""
+    rows = write_rows(tmp_path / "rows.jsonl", 21)
+
+    def write(name: str = "run", **overrides: Any) -> tuple[Path, Path]:
+        table: dict[str, dict[str, Any]] = {
+            "model": {"path": str(chat_model)},
+            "fp8": {"health_every": 0},
+            "data": {"train": str(rows), "max_length": 96, "max_tokens_per_gpu": 128, "validation_fraction": 0.05},
+            "optim": {"lr": 2e-3, "min_lr": 2e-4, "schedule": "cosine", "warmup_fraction": 0.2, "weight_decay": 0.0},
+            "train": {"epochs": 2, "global_batch": 6, "eval_every": 4, "save_every": 3},
+            "log": {"tensorboard": False},
+        }
+        for key, value in overrides.items():
+            section, name_in_it = key.split(".")
+            table.setdefault(section, {})[name_in_it] = value
+            if value is None:
+                del table[section][name_in_it]
+        path = tmp_path / f"{name}.toml"
+        lines = [f"run = {json.dumps(str(tmp_path / name))}"]
+        for section, values in table.items():
+            lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+        path.write_text("\n".join(lines) + "\n")
+        return path, tmp_path / name
+
+    return write
+
+
+def sft(path: Path, *words: str) -> int:
+    return cli.main(["sft", str(path), *words])
+
+
+def error_of(capsys: pytest.CaptureFixture[str], path: Path, *words: str) -> str:
+    capsys.readouterr()
+    assert sft(path, *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line.removeprefix("infir2: error: ")
+
+
+def test_dry_run_tells_and_writes_nothing(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    path, run = recipe()
+    assert sft(path, "--dry-run") == 0
+    told = capsys.readouterr().out
+    assert "in 8 steps of 6 sequences" in told
+    assert "14 of 15 linear layers converted" in told
+    assert "train: 21 rows, 21 samples" in told
+    assert "20 samples to train on, 1 held out; 8 steps, 4 an epoch; packing efficiency" in told
+    assert not run.exists()
+
+
+def test_the_run_folder(recipe: Recipe, chat_model: Path) -> None:
+    path, run = recipe(**{"fp8.health_every": 4})
+    assert sft(path, "--train.seed", "5") == 0
+    names = {item.name for item in run.iterdir() if not item.name.startswith(".")}
+    assert names == {"config.toml", "run.json", "metrics.jsonl", "checkpoints", "rows", "tokenizer"}
+    assert load(SftConfig, run / "config.toml") == load(SftConfig, path, ["--train.seed", "5"])
+    lines = metrics_lines(run)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["epoch"] for line in lines] == [n / 4 for n in range(1, 9)]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1, "it learns"
+    assert [line["lr"] for line in lines[:2]] == [1e-3, 2e-3], "a fifth of the steps, rounded, is warm-up"
+    assert lines[-1]["lr"] == pytest.approx(2e-4)
+    assert all(0 < line["valid_tokens"] < line["processed_tokens"] for line in lines)
+    assert all(line["tokens_per_s"] == line["processed_tokens"] / line["step_time_s"] for line in lines)
+    assert [line["step"] for line in metrics_lines(run, "eval")] == [4, 8]
+    assert [line["step"] for line in metrics_lines(run, "health")] == [1, 4, 8]
+    (event,) = (line for line in metrics_lines(run, "event") if line["event"] == "data")
+    assert {
+        "rows": 21,
+        "samples": 21,
+        "dropped": 0,
+        "truncated": 0,
+        "bad_rows": 0,
+        "held_out": 1,
+    }.items() <= event.items()
+    once = sum(line["processed_tokens"] for line in lines[:4])
+    assert once == sum(line["processed_tokens"] for line in lines[4:]), "every row once an epoch"
+    padded = sum(line["processed_tokens"] / line["packing_efficiency"] for line in lines)
+    assert event["packing_efficiency"] == pytest.approx(2 * once / padded, abs=1e-4)
+    kept = AutoTokenizer.from_pretrained(run / "tokenizer")
+    assert tok.fingerprint(kept) == tok.fingerprint(tok.load_tokenizer(chat_model))
+    assert kept.chat_template == tok.CHAT_TEMPLATE
+    meta = peek_meta(run)
+    assert meta is not None
+    assert meta["tokenizer"] == str(run / "tokenizer")
+
+
+def test_resume_in_the_middle_of_an_epoch(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, expected = recipe("whole")
+    assert sft(whole) == 0
+    path, run = recipe("cut")
+    true = SftLoader.step
+
+    def dying(self: SftLoader, step: int) -> list:
+        if step == 6:
+            raise KeyboardInterrupt
+        return true(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SftLoader, "step", dying)
+        assert sft(path) == 130
+        patch.undo()
+        patch.setattr("infir2.stages.sft.tokenize", lambda *args, **options: pytest.fail("rows are kept for a resume"))
+        assert sft(path) == 0
+    assert loss_bits(run) == loss_bits(expected)
+    resumes = [line["step"] for line in metrics_lines(run, "event") if line["event"] == "resume"]
+    assert resumes == [3], "the second step of the first epoch of four"
+
+
+def test_changed_rows_are_noticed_and_kept_rows_made_anew(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path, run = recipe(**{"train.epochs": 1, "train.eval_every": 0})
+    assert sft(path) == 0
+    again = ("--train.epochs", "2")
+    for words in (
+        ("--train.seed", "9"),
+        ("--data.max_length", "40"),
+        ("--data.validation_fraction", "0.5"),
+        ("--data.chat_template", str(jinja(tmp_path))),
+    ):
+        assert "other data or another order (rows, tokenizer" in error_of(capsys, path, *again, *words)
+    assert "train.global_batch = 6, the recipe says 4" in error_of(capsys, path, *again, "--train.global_batch", "4")
+    shutil.rmtree(run / "rows")
+    assert sft(path, *again, "--data.max_tokens_per_gpu", "256") == 0, "another packing of the same rows"
+    assert [line["step"] for line in metrics_lines(run)] == list(range(1, 9))
+    (run / "rows/train-tokens.npy").write_bytes(b"damaged")
+    assert sft(path, "--train.epochs", "3") == 0
+    write_rows(tmp_path / "rows.jsonl", 21, seed=8)
+    assert "other data" in error_of(capsys, path, "--train.epochs", "4")
+
+
+def jinja(folder: Path) -> Path:
+    path = folder / "other.jinja"
+    path.write_text(
+        tok.CHAT_TEMPLATE.replace("user", "User").replace("<|im_start|>' + message.role", "' + message.role")
+    )
+    return path
+
+
+def test_stage_2_from_stage_1(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    one, first = recipe("one", **{"train.epochs": 1, "data.chat_template": "chatml"})
+    assert sft(one) == 0
+    settings = {"model.path": None, "init.checkpoint": str(first), "train.epochs": 1, "train.save_every": 2}
+    two, run = recipe("two", **settings, **{"optim.lr": 1e-30, "optim.min_lr": 0.0})
+    assert sft(two) == 0
+    (event,) = (line for line in metrics_lines(run, "event") if line["event"] == "init")
+    assert event["from"] == str(first / "checkpoints/step-000004")
+    assert event["data"] == "from its beginning"
+    assert [weights(first, one), weights(first, two)] == [weights(run, two)] * 2, "a rate of nothing changes nothing"
+    shutil.rmtree(first)
+    assert sft(two, "--train.epochs", "2") == 0, "a resume does not need stage 1 any more"
+    assert [line["step"] for line in metrics_lines(run)] == list(range(1, 9))
+    three, _ = recipe("three", **settings)
+    assert error_of(capsys, three) == f"{first}: no checkpoint to start from"
+
+
+def weights(run: Path, recipe: Path) -> dict[str, list[float]]:
+    """Parameters of a run's newest checkpoint, as a recipe's model reads them."""
+    config = load(SftConfig, recipe, ["--run", str(run)])
+    _, _, architecture = open_model(config)
+    model, _ = build_model(config, architecture, WORLD)
+    store = CheckpointStore(run / "checkpoints")
+    store.load(store.find(str(run)), {"model": model_state(model)}, ("optim",))
+    return {name: value.flatten()[:50].tolist() for name, value in model.state_dict().items()}
+
+
+def test_a_validation_file_and_rows_that_are_left_out(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = write_rows(tmp_path / "held_out.jsonl", 5, seed=1)
+    long = {"prompt": "1+1", "completion": "2" * 200}
+    rows = [json.dumps({"messages": []}), json.dumps(long), *(tmp_path / "rows.jsonl").read_text().splitlines()]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(rows) + "\n")
+    settings = {"data.train": str(tmp_path / "mixed.jsonl"), "data.validation": str(held_out), "train.epochs": 1}
+    path, run = recipe(**settings, **{"data.max_bad_rows": "1"})
+    assert sft(path) == 0
+    told = capsys.readouterr().out
+    assert f"1 dropped as too long, 1 bad: no_messages ({tmp_path}/mixed.jsonl:1)" in told
+    (event,) = (line for line in metrics_lines(run, "event") if line["event"] == "data")
+    assert (event["rows"], event["samples"], event["dropped"], event["held_out"]) == (23, 22, 1, 5)
+    strict, other = recipe("strict", **settings, **{"data.max_bad_rows": "0"})
+    message = error_of(capsys, strict)
+    assert message.startswith(
+        f"{tmp_path}/mixed.jsonl:1: no_messages: neither messages nor prompt and completion; 1 of"
+    )
+    assert not other.exists()
+    cut, third = recipe("cut", **settings, **{"data.max_bad_rows": "1", "data.too_long": "truncate"})
+    assert sft(cut) == 0
+    (event,) = (line for line in metrics_lines(third, "event") if line["event"] == "data")
+    assert (event["dropped"], event["truncated"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--data.trian", "x"), "data.trian: unknown key. Did you mean 'train'?"),
+        (("--data.train", "/nowhere/x.jsonl"), "data.train: /nowhere/x.jsonl: no such file or folder"),
+        (("--data.max_length", "256"), "data.max_length (256) is above data.max_tokens_per_gpu (128)"),
+        (("--data.max_length", "129", "--data.max_tokens_per_gpu", "256"), "data.max_length: 129 tokens exceed"),
+        (("--data.too_long", "keep"), "data.too_long: input should be 'drop' or 'truncate'"),
+        (("--data.tokenizer", "/nowhere"), "/nowhere: no tokenizer"),
+        (("--data.chat_template", "/nowhere.jinja"), "data.chat_template: /nowhere.jinja: cannot be read"),
+        (("--data.max_bad_rows", "many"), "data.max_bad_rows: 'many' is neither a count such as 20 nor a share"),
+        (("--data.validation_fraction", "0.0"), "train.eval_every: no row is held out; give data.validation or"),
+        (("--optim.warmup_fraction", "0.0", "--optim.warmup_steps", "9"), "exceed train.steps (8), which follow from"),
+        (("--optim.warmup_steps", "9"), "give optim.warmup_steps or optim.warmup_fraction, not both"),
+        (("--train.steps", "9"), "train.steps: unknown key"),
+        (("--train.epochs", "0"), "train.epochs: input should be greater than 0"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_in_one_line_before_anything_is_written(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    path, run = recipe()
+    assert said in error_of(capsys, path, *words)
+    assert not run.exists() or list(run.iterdir()) == [run / "rows"]
+
+
+def test_models_and_tokenizers_that_do_not_fit(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path, chat_model: Path
+) -> None:
+    small = write_model(tmp_path / "small", vocab_size=256)
+    path, _ = recipe()
+    words = ("--model.path", str(small))
+    assert error_of(capsys, path, *words).startswith(f"{small}: no tokenizer: neither tokenizer.json nor")
+    size = tok.vocabulary_size(tok.load_tokenizer(chat_model))
+    assert f"the tokenizer has {size} tokens, but the model has 256" in error_of(
+        capsys, path, *words, "--data.tokenizer", str(chat_model)
+    )
+    none, _ = recipe("none", **{"model.path": None, "model.preset": "tiny"})
+    assert error_of(capsys, none).startswith("data.tokenizer: required")
+    nothing, _ = recipe("nothing", **{"model.path": None})
+    assert "give exactly one of model.preset and model.path, or init.checkpoint" in error_of(capsys, nothing)

@@ -1,0 +1,87 @@
+"""Worked examples: the library's scorer marks every answer, an independent reading of the steps agrees with it."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from infir2 import cli
+from infir2.data.worked_solutions import FAMILIES, boxed, is_held_out, score, worked_examples
+from infir2.errors import DataError
+
+COUNT = 400
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_answer_verifies_and_every_step_is_true(stage: int) -> None:
+    families: Counter[str] = Counter()
+    checked = 0
+    for example in worked_examples(stage, COUNT, seed=11):
+        families[example.family] += 1
+        assert example.completion.startswith("<think>\n")
+        assert boxed(example.completion) == example.answer
+        assert score(example, boxed(example.completion)) == 1.0
+        assert example.steps
+        for step in example.steps:
+            # Every equation in a step, reckoned by Python.
+            for match in re.finditer(r"([-\d+*/ ]+|\d+ mod \d+) = (-?\d[-\d*+ ]*)", step):
+                left, right = (eval(side.replace("mod", "%").strip(), {}) for side in match.groups())
+                assert left == right, step
+                checked += 1
+    assert families.keys() == FAMILIES.keys()
+    assert max(families.values()) - min(families.values()) <= 2
+    print(f"stage {stage}: {COUNT} examples, {checked} equations")
+    assert checked > COUNT
+
+
+def test_part_marks_count_as_nothing() -> None:
+    (example,) = worked_examples(1, 1, seed=3)
+    assert score(example, example.answer) == 1.0
+    assert score(example, f"{example.answer} or not") == 0.0
+    assert score(example, None) == 0.0
+
+
+def test_the_same_seed_gives_the_same_examples() -> None:
+    first = [example.row() for example in worked_examples(1, 60, seed=5)]
+    assert first == [example.row() for example in worked_examples(1, 60, seed=5)]
+    assert first[:20] == [example.row() for example in worked_examples(1, 20, seed=5)], "a longer stream goes on"
+    assert first != [example.row() for example in worked_examples(1, 60, seed=6)]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_no_held_out_question_is_ever_trained_on(stage: int) -> None:
+    train = {example.question for seed in (1, 2) for example in worked_examples(stage, 600, seed)}
+    held_out = {example.question for seed in (1, 2) for example in worked_examples(stage, 150, seed, "held_out")}
+    assert not train & held_out
+    assert all(map(is_held_out, held_out))
+    assert not any(map(is_held_out, train))
+
+
+def test_a_family_that_is_used_up() -> None:
+    made = list(worked_examples(1, 300, 1, families=["count_bits", "chain_sum"]))
+    assert len({example.question for example in made}) == 300
+    with pytest.raises(DataError, match=r"only \d+ of 1000 different examples exist in count_bits of stage 1"):
+        list(worked_examples(1, 1000, 1, families=["count_bits"]))
+    with pytest.raises(DataError, match="Did you mean 'chain_sum'"):
+        list(worked_examples(1, 1, 1, families=["chainsum"]))
+
+
+def test_boxed() -> None:
+    assert boxed(r"\boxed{1} and \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
+    assert boxed("nothing") is None
+    assert boxed(r"\boxed{open") is None
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "stage2.jsonl"
+    assert cli.main(["examples", str(out), "--stage", "2", "--count", "30", "--seed", "4"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows == [example.row() for example in worked_examples(2, 30, 4)]
+    assert [message["role"] for message in rows[0]["messages"]] == ["user", "assistant"]
+    assert "30 examples" in capsys.readouterr().out
+    assert cli.main(["examples", str(out), "--families", "chian_sum"]) == 2
+    assert "Did you mean 'chain_sum'?" in capsys.readouterr().err
+    assert [path.name for path in out.parent.iterdir()] == ["stage2.jsonl"], "an earlier file stays, no rest beside it"
+    assert len(out.read_text().splitlines()) == 30
