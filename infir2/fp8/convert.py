@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from infir2.fp8.fused import MlpActivations, fuse
 from infir2.fp8.linear import Fp8Linear
 from infir2.fp8.recipe import Recipe
 from infir2.kernels.matmul import unsupported_reason
@@ -18,6 +19,8 @@ class SwapReport:
     """Names of the layers that are FP8 now."""
     kept: dict[str, str] = field(default_factory=dict)
     """Names of the linear layers that stay in high precision -> why."""
+    fused: list[str] = field(default_factory=list)
+    """Names of the attentions and MLPs whose norms, projections and SwiGLU write FP8 directly."""
 
     def __str__(self) -> str:
         total = len(self.converted) + len(self.kept)
@@ -31,12 +34,17 @@ class SwapReport:
         return "\n".join(lines)
 
 
-def convert(model: nn.Module, recipe: Recipe | None, keep: dict[str, str] | None = None) -> SwapReport:
-    """Replace, in place, every nn.Linear of ``model`` by an Fp8Linear with the same parameters.
+def convert(
+    model: nn.Module,
+    recipe: Recipe | None,
+    keep: dict[str, str] | None = None,
+    mlp_activations: MlpActivations = "fp8",
+) -> SwapReport:
+    """Replace, in place, every nn.Linear of ``model`` by an Fp8Linear with the same parameters, and fuse what can be.
 
     keep: name prefix -> reason, for layers that stay in high precision (``model.layers.0.`` for a whole layer). The
     output head and layers whose dimensions the hardware GEMM and the FP8 checkpoint format cannot take are kept too.
-    recipe None (bf16) converts nothing.
+    mlp_activations: how gate and up are kept for the backward pass of a fused MLP. recipe None (bf16) converts nothing.
     """
     report = SwapReport(recipe.name if recipe else "bf16")
     for name, module in list(model.named_modules()):
@@ -49,6 +57,7 @@ def convert(model: nn.Module, recipe: Recipe | None, keep: dict[str, str] | None
         parent = model.get_submodule(name.rpartition(".")[0])
         setattr(parent, name.rpartition(".")[2], Fp8Linear.from_linear(module, recipe))
         report.converted.append(name)
+    report.fused.extend(fuse(model, mlp_activations))
     return report
 
 
@@ -60,9 +69,11 @@ def keep_outer_layers(num_layers: int, first: int, last: int) -> dict[str, str]:
 
 def refresh_weights(model: nn.Module) -> None:
     """Quantise every FP8 layer's weight anew: call it when weights have changed (an optimiser step, a load)."""
-    for module in model.modules():
-        if isinstance(module, Fp8Linear):
-            module.refresh()
+    layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
+    for layer in layers:
+        layer.stale = True
+    for layer in layers:  # all are marked before: layers of one group are quantised together
+        layer.refresh_if_whole()
 
 
 def _reason_to_keep(name: str, linear: nn.Linear, recipe: Recipe | None, keep: dict[str, str]) -> str | None:

@@ -4,8 +4,8 @@ The float32 master weight is rounded to bfloat16 and then quantised, once an opt
 exporter and the rollout engine use those codes. Rounding first makes the codes the same whether they come from the
 master weights, from a bfloat16 checkpoint or from a bfloat16 all-gather.
 
-What is kept for the backward pass is FP8: the codes of x^T, and the weight's codes, which a 128x128 block or a tensor
-scale allows to be transposed exactly when they are needed.
+What is kept for the backward pass is FP8: codes of x, and the weight's, which a 128x128 block or a tensor scale allows
+to be transposed exactly when they are needed.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from infir2.fp8.recipe import Recipe
-from infir2.fp8.tensor import Operand
+from infir2.fp8.tensor import Operand, Saved, quantize_twice_used, transposed_operand
 from infir2.kernels.reference import BLOCK
 
 
@@ -43,13 +43,19 @@ class Fp8Linear(nn.Linear):
         self.stale = True
         self.health: Any = None
         """Set by infir2.fp8.health while it measures: called with (operand name, high-precision values, Operand)."""
+        self.group: Any = None
+        """The infir2.fp8.group.LinearGroup that this layer is part of: its codes are then rows of the group's."""
         self._operand: Operand | None = None
         self._operand_t: Operand | None = None
 
     def refresh(self) -> None:
         """Quantise the weight anew: now, or where it is a shard at the next forward pass, when it is whole."""
         self.stale = True
-        if not isinstance(self.weight, DTensor) and not self.weight.is_meta:
+        self.refresh_if_whole()
+
+    def refresh_if_whole(self) -> None:
+        """Quantise a stale weight, unless it is a shard or has no data yet."""
+        if self.stale and not isinstance(self.weight, DTensor) and not self.weight.is_meta:
             self._requantize()
 
     def weight_operand(self) -> Operand:
@@ -59,11 +65,18 @@ class Fp8Linear(nn.Linear):
         assert self._operand is not None
         return self._operand
 
+    def bfloat16_weight(self) -> Tensor:
+        """What is quantised."""
+        return self.weight.detach().to(torch.bfloat16)
+
     @torch.no_grad()
     def _requantize(self) -> None:
-        weight = self.weight.detach().to(torch.bfloat16)
-        recipe = self.recipe
-        self._operand = Operand.quantize(weight, recipe.weight, recipe.scale_format)
+        if self.group is not None:
+            self.group.requantize()
+            return
+        weight, recipe = self.bfloat16_weight(), self.recipe
+        operand = Operand.quantize(weight, recipe.weight, recipe.scale_format)
+        self._operand = operand.moved_into(self._operand)
         if not recipe.weight_transposes:
             self._operand_t = Operand.quantize(weight, recipe.weight, recipe.scale_format, transpose=True)
         self.stale = False
@@ -98,13 +111,14 @@ class _Fp8Matmul(torch.autograd.Function):
         recipe: Recipe,
         health: Any,
     ) -> Tensor:
-        rows = x.shape[0]
-        padded = _pad_tokens(x)
-        x_fprop, x_wgrad = Operand.quantize_both(padded, recipe.x, recipe.x_wgrad, recipe.scale_format)
+        rows, padded = x.shape[0], pad_tokens(x)
+        x_fprop, saved = quantize_twice_used(
+            padded, recipe.x, recipe.x_wgrad, recipe.scale_format, derive=recipe.row_codes
+        )
         if health is not None:
             health("x", padded, x_fprop)
         backward_weight = operand if operand_t is None else operand_t
-        ctx.save_for_backward(x_wgrad.codes, x_wgrad.scale, backward_weight.codes, backward_weight.scale)
+        ctx.save_for_backward(*saved, backward_weight.codes, backward_weight.scale)
         ctx.recipe, ctx.health, ctx.rows, ctx.transposed = recipe, health, rows, operand_t is not None
         ctx.weight_dtype = weight.dtype
         return x_fprop.matmul(operand, x.dtype)[:rows]
@@ -112,9 +126,11 @@ class _Fp8Matmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         recipe = ctx.recipe
-        x_codes, x_scale, w_codes, w_scale = ctx.saved_tensors
-        padded = _pad_tokens(grad)
-        g_dgrad, g_wgrad = Operand.quantize_both(padded, recipe.grad, recipe.grad_wgrad, recipe.scale_format)
+        *x_saved, w_codes, w_scale = ctx.saved_tensors
+        padded = pad_tokens(grad)
+        g_dgrad, g_saved = quantize_twice_used(
+            padded, recipe.grad, recipe.grad_wgrad, recipe.scale_format, derive=recipe.row_codes
+        )
         if ctx.health is not None:
             ctx.health("g", padded, g_dgrad)
         dx = dw = None
@@ -122,15 +138,21 @@ class _Fp8Matmul(torch.autograd.Function):
             weight = Operand(w_codes, w_scale, recipe.weight)
             dx = g_dgrad.matmul(weight if ctx.transposed else weight.T, grad.dtype)[: ctx.rows]
         if ctx.needs_input_grad[1]:
-            dw = g_wgrad.matmul(Operand(x_codes, x_scale, recipe.x_wgrad), ctx.weight_dtype)
+            dw = weight_gradient(g_saved, tuple(x_saved), recipe, ctx.weight_dtype)
         return dx, dw, None, None, None, None
 
 
+def weight_gradient(grad: Saved, x: Saved, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+    """g^T x [out, in] from what ``quantize_twice_used`` saved of g and x."""
+    left = transposed_operand(grad, recipe.grad_wgrad, derive=recipe.row_codes)
+    return left.matmul(transposed_operand(x, recipe.x_wgrad, derive=recipe.row_codes), dtype)
+
+
 def _padded(x: Tensor, granularity: str, scale_format: str) -> Operand:
-    return Operand.quantize(_pad_tokens(x), granularity, scale_format)
+    return Operand.quantize(pad_tokens(x), granularity, scale_format)
 
 
-def _pad_tokens(x: Tensor) -> Tensor:
+def pad_tokens(x: Tensor) -> Tensor:
     """The hardware GEMM wants whole 128-token blocks: append zero rows, which add nothing to any product."""
     missing = -x.shape[0] % BLOCK if x.is_cuda else 0
     return nn.functional.pad(x, (0, 0, 0, missing)) if missing else x

@@ -6,8 +6,11 @@ With x [tokens, in], W [out, in] and the output's gradient g [tokens, out]:
     dgrad   dx = g W        contraction over out      operands g,   W^T
     wgrad   dW = g^T x      contraction over tokens   operands g^T, x^T
 
-Every operand is E4M3. ``blockwise`` is the recipe of the InfiR2 paper (arXiv 2509.22536, after DeepSeek-V3);
-``hybrid`` replaces its weight gradient's 1x128 tiles by one scale a channel, which runs faster on Hopper.
+Every operand is E4M3. x and g each take part in two GEMMs: with 1x128 tiles and power-of-two scales they are quantised
+once, and x^T and g^T are derived from those codes (``infir2.kernels.rows``).
+
+``blockwise`` is the recipe of the InfiR2 paper (arXiv 2509.22536, after DeepSeek-V3); ``hybrid`` replaces its weight
+gradient's 1x128 tiles by one scale a channel, which runs faster on Hopper.
 """
 
 from dataclasses import dataclass, replace
@@ -36,6 +39,16 @@ class Recipe:
     def weight_transposes(self) -> bool:
         """Whether W^T is the same codes transposed; else it is quantised on its own."""
         return self.weight in ("block", "tensor")
+
+    @property
+    def row_codes(self) -> bool:
+        """Whether x and g are quantised once, the operands of the weight gradient being derived from their codes."""
+        return self.x == self.grad == "tile" and self.weight == "block" and self.scale_format == "ue8m0"
+
+    @property
+    def channel_wgrad(self) -> bool:
+        """Whether the weight gradient needs the largest value of every channel."""
+        return self.x_wgrad == "channel"
 
 
 _RECIPES = {

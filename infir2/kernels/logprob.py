@@ -4,12 +4,13 @@ A vocabulary of 152k makes the logits the largest tensor of a step. Here the hea
 gradients run over chunks of tokens; one pass makes the loss and its gradient, so no GEMM is done twice.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_CHUNK_LOGITS = 1 << 27  # float32 logits held at a time: 512 MiB
+_CHUNK_LOGITS = 1 << 28  # logits held at a time: 512 MiB in bfloat16
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int = -100) -> Tensor:
@@ -29,24 +30,13 @@ class _CrossEntropySum(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        chunk = max(1, _CHUNK_LOGITS // weight.shape[0])
-        for start in range(0, hidden.shape[0], chunk):
-            h, label = hidden[start : start + chunk], labels[start : start + chunk]
-            valid = label != ignore
-            index = label.clamp(min=0)[:, None]
-            logits = (h @ head.T).float()
-            lse = logits.logsumexp(dim=-1, keepdim=True)
-            nll = (lse - logits.gather(1, index)).squeeze(1)
-            total += torch.where(valid, nll, 0.0).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            probs = logits.sub_(lse).exp_()
-            probs.scatter_add_(1, index, torch.full_like(nll, -1.0)[:, None])
-            grad_logits = probs.mul_(valid[:, None]).to(hidden.dtype)
+        for here in _chunks(hidden.shape[0], weight.shape[0]):
+            logits = hidden[here] @ head.T
+            total += softmax_gradient_(logits, labels[here], ignore, want_hidden or want_weight).sum()
             if grad_hidden is not None:
-                grad_hidden[start : start + chunk] = grad_logits @ head
+                torch.mm(logits, head, out=grad_hidden[here])
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ h
+                _add_product_(grad_weight, logits, hidden[here])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -59,3 +49,105 @@ class _CrossEntropySum(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def softmax_gradient_(logits: Tensor, labels: Tensor, ignore: int, gradient: bool) -> Tensor:
+    """-log softmax(logits)[label] of every row, float32 [rows]; 0 where the label equals ``ignore``.
+
+    With ``gradient`` the logits [rows, vocabulary] are overwritten by the gradient of the sum of that, softmax - onehot
+    (0 in ignored rows), computed in float32 and rounded to their dtype.
+    """
+    if logits.is_cuda:
+        from infir2.kernels import logprob_triton
+
+        return logprob_triton.softmax_gradient_(logits, labels, ignore, gradient)
+    valid, index = labels != ignore, labels.clamp(min=0)[:, None]
+    wide = logits.float()
+    lse = wide.logsumexp(dim=-1, keepdim=True)
+    nll = torch.where(valid, (lse - wide.gather(1, index)).squeeze(1), 0.0)
+    if gradient:
+        probs = wide.sub_(lse).exp_()
+        probs.scatter_add_(1, index, torch.full_like(lse, -1.0))
+        logits.copy_(probs.mul_(valid[:, None]))
+    return nll
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left.T @ right in float32; on a GPU inside the GEMM, without rounding the product to bfloat16."""
+    if total.is_cuda and left.dtype != total.dtype:
+        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left.T @ right
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0, ignore: int = -100
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of every label, and the entropy in nats, under softmax(hidden W^T / temperature).
+
+    hidden [tokens, features], weight [vocabulary, features], labels int64 [tokens] -> two tensors [tokens] in float32
+    (float64 where hidden is); both are 0, without gradient, where a label equals ``ignore``, and no logits are computed
+    there. Dtypes as in ``cross_entropy_sum``. The backward pass computes each chunk's logits again instead of keeping
+    them; a gradient of the entropy costs no more where nobody asks for it. ValueError for a temperature that is not
+    positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature: {temperature} is not positive")
+    rows = (labels != ignore).nonzero().squeeze(1)
+    logprobs, entropy = _TokenLogprobs.apply(hidden[rows], weight, labels[rows], temperature)
+    zeros = logprobs.new_zeros(hidden.shape[0])
+    return zeros.index_put((rows,), logprobs), zeros.index_put((rows,), entropy)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs, entropy = hidden.new_empty(2, hidden.shape[0], dtype=wide).unbind()
+        head = weight.to(hidden.dtype)
+        for here in _chunks(hidden.shape[0], weight.shape[0]):
+            all_logprobs = _scaled_logits(hidden[here], head, temperature).log_softmax(dim=-1)
+            logprobs[here] = all_logprobs.gather(1, labels[here, None]).squeeze(1)
+            entropy[here] = -(all_logprobs.exp() * all_logprobs).sum(-1)
+        ctx.save_for_backward(hidden, weight, labels, entropy)
+        ctx.temperature = temperature
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """d logprob[y] / d logits = 1[y] - p;  d entropy / d logits = -p (log p + entropy); both over temperature."""
+        hidden, weight, labels, entropy = ctx.saved_tensors
+        want_hidden, want_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        head = weight.to(hidden.dtype)
+        grad_hidden = torch.zeros_like(hidden) if want_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=entropy.dtype) if want_weight else None
+        for here in _chunks(hidden.shape[0], weight.shape[0]):
+            all_logprobs = _scaled_logits(hidden[here], head, ctx.temperature).log_softmax(dim=-1)
+            probs = all_logprobs.exp()
+            grad_logits = torch.zeros_like(probs)
+            if grad_entropy is not None:
+                grad_logits -= grad_entropy[here, None] * probs * (all_logprobs + entropy[here, None])
+            if grad is not None:
+                grad_logits -= probs.mul_(grad[here, None])
+                grad_logits.scatter_add_(1, labels[here, None], grad[here, None])
+            grad_logits = grad_logits.div_(ctx.temperature).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[here] = grad_logits @ head
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[here]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    size = max(1, _CHUNK_LOGITS // vocabulary)
+    for start in range(0, tokens, size):
+        yield slice(start, start + size)
+
+
+def _scaled_logits(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
+    """In at least float32, divided after the GEMM was rounded to hidden's dtype: as the rollout's sampler does."""
+    logits = hidden @ head.T
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature

@@ -1,8 +1,8 @@
 """Scaled FP8 GEMM behind one signature: ``scaled_mm(a, b)`` = a @ b.T of two quantised operands.
 
-On Hopper and newer it is cuBLAS through ``torch.nn.functional.scaled_mm``, always with slow (float32) accumulation:
-fast accumulation loses three bits over 16,384 terms. Elsewhere, and for shapes that the hardware path cannot take, the
-operands are dequantised and multiplied: on a CPU in float32, on a GPU in bfloat16 with float32 sums.
+On Hopper (compute capability 9.0) it is cuBLAS through ``torch.nn.functional.scaled_mm``, always with slow (float32)
+accumulation: fast accumulation loses three bits over 16,384 terms. Elsewhere, and for shapes that the hardware path
+cannot take, the operands are dequantised and multiplied: on a CPU in float32, on a GPU in bfloat16 with float32 sums.
 """
 
 import torch
@@ -94,9 +94,10 @@ def _cublas_takes(a: Tensor, b: Tensor, a_granularity: str, b_granularity: str) 
 
 
 def _right_scale(scale: Tensor, granularity: str) -> Tensor:
-    """The right operand's scales as torch expects them for b.T; block scales want rows of a multiple of four."""
+    """The right operand's scales as torch expects them for b.T: block scales with the padding that ``operand`` gave."""
     if granularity == "block":
-        return torch.nn.functional.pad(scale, (0, -scale.shape[1] % 4)).contiguous().T
+        rows, padded = scale.shape[0], scale.shape[1] + -scale.shape[1] % 4
+        return scale.as_strided((rows, padded), (padded, 1)).T
     if granularity == "channel":
         return scale.T
     return scale

@@ -1,7 +1,7 @@
 """How the codes and scales of an operand lie in memory, on every device.
 
-Codes are contiguous rows. ``tile`` scales [rows, n] are stored column by column, as cuBLAS wants to read them; all
-other scales are contiguous rows.
+Codes are contiguous rows. Scales lie as cuBLAS wants to read them: ``tile`` scales [rows, n] column by column,
+``block`` scales in rows padded to a multiple of four, all others in contiguous rows.
 """
 
 import torch
@@ -17,17 +17,18 @@ def empty_operand(rows: int, cols: int, granularity: str, device: torch.device) 
     return codes, _empty_scale(reference.scale_shape(granularity, rows, cols), granularity, device)
 
 
-def transpose_operand(codes: Tensor, scale: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
-    """The operand of x.T from the operand of x, exactly. Only ``block`` and ``tensor`` scales allow it."""
-    if granularity not in ("block", "tensor"):
-        raise ValueError(f"{granularity} scales do not transpose: quantise the transposed matrix instead")
-    return codes.T.contiguous(), with_layout(scale.T, granularity)
+def empty_rows(rows: int, cols: int, amax: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised codes, scales and amax of row codes (see ``rows``); amax has no elements unless it is wanted."""
+    largest = torch.empty(cols if amax else 0, dtype=torch.float32, device=device)
+    return *empty_operand(rows, cols, "tile", device), largest
 
 
 def _empty_scale(shape: tuple[int, int], granularity: str, device: torch.device) -> Tensor:
     rows, cols = shape
     if granularity == "tile":
         return torch.empty(cols, rows, dtype=torch.float32, device=device).T
+    if granularity == "block":
+        return torch.zeros(rows, cols + -cols % 4, dtype=torch.float32, device=device)[:, :cols]
     return torch.empty(rows, cols, dtype=torch.float32, device=device)
 
 

@@ -1,69 +1,28 @@
-"""Attention over a paged key-value cache, in plain torch: the definition that a fused kernel has to reproduce.
+"""Attention over a paged key-value cache. In plain torch here, which defines it; CUDA tensors go through Triton.
 
-A layer's cache is a pool of blocks of ``block_size`` tokens. A sequence's block table names its blocks in order, so
-token i lies in slot ``table[i // block_size] * block_size + i % block_size`` of the pool. A pass brings new tokens of
-several sequences, end to end: one each while decoding, many for a chunk of a prompt. ``write`` puts their keys and
-values into the cache, then ``attend`` lets each see the tokens of its own sequence up to its own position.
+``write`` puts the keys and values of a pass's new tokens into the cache, then ``attend`` lets each of them see the
+tokens of its own sequence up to its own position.
 
 Scores, softmax and the weighted sum are float32, rounded once at the end. An FP8 cache holds E4M3 codes and one
 power-of-two scale for each token and head, made by the quantiser that makes every other FP8 number.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from infir2.kernels import reference
+from infir2.kernels.paged_layout import PagedCache, PagedLayout
 from infir2.kernels.reference import FP8
 
 _GATHERED = 1 << 26  # float32 keys gathered at a time: 256 MiB, and as much for values
 
 
-@dataclass(frozen=True)
-class PagedCache:
-    """Keys and values of one layer, [blocks, block_size, kv_heads, head_dim]."""
-
-    keys: Tensor
-    values: Tensor
-    key_scale: Tensor | None = None
-    """float32 [blocks, block_size, kv_heads] where keys and values are float8_e4m3fn codes, else None."""
-    value_scale: Tensor | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        tensors = (self.keys, self.values, self.key_scale, self.value_scale)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-@dataclass(frozen=True)
-class PagedLayout:
-    """Where the tokens of a pass belong. The queries of a sequence are the last tokens of its context."""
-
-    slots: Tensor
-    """int64 [tokens]: the slot that each new token's key and value go to."""
-    query_starts: Tensor
-    """int32 [sequences + 1]: where each sequence's new tokens start; 0 first, the number of tokens last."""
-    context_lengths: Tensor
-    """int32 [sequences]: tokens of the sequence in the cache, the new ones included."""
-    block_tables: Tensor
-    """int32 [sequences, most blocks]: entries behind a sequence's context are ignored (but must be valid numbers)."""
-
-
-def empty_cache(
-    blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
-) -> PagedCache:
-    """An uninitialised cache; ``dtype`` float8_e4m3fn makes an FP8 one."""
-    shape = (blocks, block_size, kv_heads)
-    keys, values = (torch.empty(*shape, head_dim, dtype=dtype, device=device) for _ in range(2))
-    if dtype != FP8:
-        return PagedCache(keys, values)
-    key_scale, value_scale = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
-    return PagedCache(keys, values, key_scale, value_scale)
-
-
 def write(cache: PagedCache, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Store the keys and values [tokens, kv_heads, head_dim] of new tokens in the slots (int64 [tokens]), in place."""
+    if keys.is_cuda:
+        from infir2.kernels import paged_attention_triton
+
+        return paged_attention_triton.write(cache, keys, values, slots)
     for pool, scales, new in ((cache.keys, cache.key_scale, keys), (cache.values, cache.value_scale, values)):
         if scales is None:
             pool.flatten(0, 1)[slots] = new.to(pool.dtype)
@@ -79,6 +38,10 @@ def attend(q: Tensor, cache: PagedCache, layout: PagedLayout) -> Tensor:
 
     Consecutive groups of heads / kv_heads heads share keys and values. Scores are scaled by head_dim ** -0.5.
     """
+    if q.is_cuda:
+        from infir2.kernels import paged_attention_triton
+
+        return paged_attention_triton.attend(q, cache, layout)
     out = torch.empty_like(q)
     starts = layout.query_starts.long()
     lengths = starts.diff()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from infir2.kernels import reference
 from infir2.kernels.operand import empty_operand, with_layout
+from infir2.kernels.transpose import transpose_operand
 
 
 @torch.library.custom_op("infir2::quantize", mutates_args=())
@@ -25,6 +26,8 @@ def quantize(x: Tensor, granularity: str, scale_format: str, transpose: bool = F
         return codes, with_layout(scale, granularity)
     from infir2.kernels import quantize_triton
 
+    if granularity == "block" and transpose:
+        return transpose_operand(*quantize_triton.quantize(x, granularity, scale_format, False), granularity)
     return quantize_triton.quantize(x, granularity, scale_format, transpose)
 
 

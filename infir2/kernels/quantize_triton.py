@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infir2.kernels.operand import empty_operand, transpose_operand
+from infir2.kernels.operand import empty_operand
 from infir2.kernels.reference import BLOCK, scale_from_amax
 
 
@@ -119,7 +119,7 @@ def _cast_kernel(
 
 
 def quantize(x: Tensor, granularity: str, scale_format: str, transpose: bool) -> tuple[Tensor, Tensor]:
-    """See ``infir2.kernels.quantize.quantize``; ``x`` is a CUDA matrix."""
+    """See ``infir2.kernels.quantize.quantize``; ``x`` is a CUDA matrix. Transposed 128x128 blocks are left to it."""
     if granularity in ("tile", "block"):
         return _quantize_blocks(x, granularity, scale_format, transpose)
     return _quantize_known(x, granularity, scale_format, transpose)
@@ -145,7 +145,7 @@ def _quantize_blocks(x: Tensor, granularity: str, scale_format: str, transpose: 
     codes, scale = empty_operand(rows, cols, granularity, x.device)
     square = granularity == "block"
     _launch_tiles(x, codes, scale, codes, scale, scale_format, row=not square, col=False, square=square)
-    return transpose_operand(codes, scale, granularity) if transpose else (codes, scale)
+    return codes, scale
 
 
 def _launch_tiles(

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from infir2.types import Batch
 
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-Implementation = Literal["auto", "causal", "varlen", "mask"]
+Implementation = Literal["auto", "causal", "varlen", "each", "mask"]
 
 # Measured on Hopper: cuDNN is about twice as fast as the flash kernel that torch prefers by default.
 _CUDA_ORDER = [
@@ -35,7 +35,8 @@ def document_attention(
     """Causal attention in which a token sees only its own document.
 
     ``auto`` takes plain causal attention where every row is one document, else variable-length flash attention on CUDA
-    (bfloat16 or float16), else a boolean mask, which costs length x length memory. Documents end where rows end.
+    (bfloat16 or float16), ``each`` on a CPU (one call a document: the work grows with the documents' lengths, not with
+    the batch's), else a boolean mask, which costs length x length memory. Documents end where rows end.
     Raises ValueError for a batch that breaks that, or for an implementation that this batch or device cannot use.
     """
     rows, length = batch.input_ids.shape
@@ -46,13 +47,16 @@ def document_attention(
     on_cuda = batch.input_ids.device.type == "cuda"
     if implementation == "auto":
         varlen = on_cuda and compute_dtype in _HALF and varlen_kernel() is not None
-        implementation = "causal" if one_each else ("varlen" if varlen else "mask")
+        packed: Implementation = "varlen" if varlen else "mask" if on_cuda else "each"
+        implementation = "causal" if one_each else packed
     if implementation == "causal":
         if not one_each:
             raise ValueError("causal document attention needs exactly one document in every row")
         return causal_attention
     if implementation == "varlen":
         return _varlen_attention(batch)
+    if implementation == "each":
+        return _attention_of_each(batch)
     return _masked_attention(document_mask(batch))
 
 
@@ -72,16 +76,34 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tenso
 def document_mask(batch: Batch) -> Tensor:
     """True where a query (third dimension) sees a key (fourth): bool [batch, 1, length, length]."""
     rows, length = batch.input_ids.shape
+    _check_rows(batch)
     ends = batch.cu_seqlens[1:].long()
-    if ends.device.type == "cpu":
-        crossed = set(range(length, rows * length + 1, length)) - set(ends.tolist())
-        if crossed:
-            raise ValueError(f"a document crosses the end of a row at token {min(crossed)} of the flattened batch")
     tokens = torch.arange(rows * length, device=ends.device)
     document = torch.searchsorted(ends, tokens, right=True).view(rows, 1, length)
     order = torch.arange(length, device=ends.device)
     same = document.unsqueeze(-1) == document.unsqueeze(-2)
     return same & (order.unsqueeze(-1) >= order)
+
+
+def _check_rows(batch: Batch) -> None:
+    """Raise ValueError for a document that goes on in the next row, where looking does not wait for a GPU."""
+    rows, length = batch.input_ids.shape
+    if batch.cu_seqlens.device.type == "cpu":
+        crossed = set(range(length, rows * length + 1, length)) - set(batch.cu_seqlens[1:].tolist())
+        if crossed:
+            raise ValueError(f"a document crosses the end of a row at token {min(crossed)} of the flattened batch")
+
+
+def _attention_of_each(batch: Batch) -> Attend:
+    _check_rows(batch)
+    lengths = [n for n in batch.cu_seqlens.diff().tolist() if n]
+
+    @torch.compiler.disable  # other lengths in every batch: nothing worth compiling
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
+        documents = zip(*(t.flatten(0, 1)[None].split(lengths, dim=1) for t in (q, k, v)))
+        return torch.cat([causal_attention(*one, layer_index) for one in documents], dim=1).view_as(q)
+
+    return attend
 
 
 def _masked_attention(mask: Tensor) -> Attend:

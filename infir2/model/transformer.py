@@ -13,12 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infir2.kernels.norm import rms_norm
 from infir2.model.attention import Attend
 from infir2.model.config import ModelConfig
 from infir2.model.rotary import Rotary, rotate
 
 Head = Callable[[Tensor, Tensor], Any]
 """``head(hidden [batch, length, hidden], weight [vocabulary, hidden])``: a loss that needs no logits."""
+
+# Faster ways to compute the same, put in from outside: (residual stream, norm weight, norm epsilon) -> q, k and v, or
+# the MLP's output.
+FusedProjections = Callable[[Tensor, Tensor, float], tuple[Tensor, ...]]
+FusedMlp = Callable[[Tensor, Tensor, float], Tensor]
 
 
 class Linear(nn.Linear):
@@ -41,9 +47,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight.to(x.dtype) * normalised.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps:g}"
@@ -63,14 +67,22 @@ class Attention(nn.Module):
         self.o_proj = Linear(queries, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.fused_projections: FusedProjections | None = None
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, hidden: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """The residual stream [batch, length, hidden], through ``norm`` -> what is to be added to it."""
         # The number of heads is what is left over: tensor parallelism gives each device a part of them.
-        q, k, v = (proj(hidden).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (projected.unflatten(-1, (-1, self.head_dim)) for projected in self._project(hidden, norm))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.layer_index)
         return self.o_proj(out.flatten(-2))
+
+    def _project(self, hidden: Tensor, norm: RMSNorm) -> tuple[Tensor, ...]:
+        if self.fused_projections is not None:
+            return self.fused_projections(hidden, norm.weight, norm.eps)
+        x = norm(hidden)
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
 class MLP(nn.Module):
@@ -81,8 +93,13 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.fused_mlp: FusedMlp | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
+        """The residual stream [batch, length, hidden], through ``norm`` -> what is to be added to it."""
+        if self.fused_mlp is not None:
+            return self.fused_mlp(hidden, norm.weight, norm.eps)
+        x = norm(hidden)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -98,8 +115,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """[batch, length, hidden] -> the same; ``cos`` and ``sin`` are float32 [batch, length, head_dim / 2]."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        hidden = hidden + self.self_attn(hidden, self.input_layernorm, cos, sin, attend)
+        return hidden + self.mlp(hidden, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):

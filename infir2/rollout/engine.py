@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as List
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,11 +21,12 @@ from infir2.fp8.linear import Fp8Linear
 from infir2.model.transformer import CausalLM
 from infir2.rollout.blocks import BlockAllocator
 from infir2.rollout.checksum import weights_checksum
+from infir2.rollout.decoder import Decoder
 from infir2.rollout.interface import Capabilities, EngineStats, PauseMode, Progress
 from infir2.rollout.options import EngineOptions
 from infir2.rollout.records import Completion, FinishReason, Request, RequestError, TokenEvent
 from infir2.rollout.runner import Runner
-from infir2.rollout.sampler import SamplingBatch, random_key, sample
+from infir2.rollout.sampler import SamplingBatch, most_likely, random_key, sample
 from infir2.rollout.scheduler import Chunk, Scheduler
 from infir2.rollout.sequence import Sequence, State
 from infir2.rollout.text import IncrementalText, decode
@@ -48,10 +50,13 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options or EngineOptions()
         options = self.options
-        self.max_length = min(options.max_length or math.inf, model.config.max_position_embeddings)
+        positions = model.config.max_position_embeddings
+        self.max_length = min(options.max_length or positions, positions)
         blocks = BlockAllocator(options.cache_tokens // options.block_size, options.block_size)
         self._scheduler = Scheduler(blocks, options.max_sequences, options.max_batch_tokens, options.prefix_cache)
         self._runner = Runner(model, blocks.num_blocks, options.block_size, options.cache_dtype == "fp8")
+        rounds = options.decode_rounds or (16 if self._runner.device.type == "cuda" else 1)
+        self._decoder = Decoder(self._runner, rounds, options.max_sequences, self.max_length)
         self._unfinished: dict[str, list[Sequence]] = {}
         self._texts: dict[Sequence, IncrementalText] = {}
         self._version = weight_version
@@ -104,7 +109,9 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[TokenEvent]:
-        """One forward pass; the tokens it made. Nothing while paused or when no request is unfinished.
+        """One forward pass, or several where all sequences decode; the tokens they made, unless ``generate`` runs.
+
+        Nothing while paused or when no request is unfinished.
 
         Raises RuntimeError while asleep or within an update, and FloatingPointError where the model's logits are not
         finite; no token of that step is kept.
@@ -115,8 +122,9 @@ class Engine:
         began = time.perf_counter()
         events = []
         if chunks := self._scheduler.schedule():
-            events = self._compute(chunks)
-            self._steps += 1
+            rounds = self._rounds(chunks)
+            events = self._decode(chunks, rounds) if rounds > 1 else self._compute(chunks)
+            self._steps += rounds
         self._seconds += time.perf_counter() - began
         return events
 
@@ -226,6 +234,7 @@ class Engine:
         """Free the cache. Requests stay; what was running is computed anew after ``wake``."""
         self._scheduler.retract()
         self.flush_cache()
+        self._decoder.forget()
         self._runner.free_cache()
 
     def wake(self) -> None:
@@ -284,7 +293,7 @@ class Engine:
     def _compute(self, chunks: list[Chunk]) -> list[TokenEvent]:
         logits = self._runner.run(chunks)
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        columns: list[list] = [[], [], []]
+        columns: list[list] = [[], [], [], []]
         if sampling:
             batch = SamplingBatch.make(
                 [sequence.params for sequence in sampling],
@@ -293,27 +302,71 @@ class Engine:
                 logits.device,
             )
             sampled = sample(logits, batch)
-            columns = [sampled.tokens.tolist(), sampled.logprobs.tolist(), sampled.raw_logprobs.tolist()]
-            if not all(map(math.isfinite, columns[2])):
+            top = most_likely(logits, [sequence.params.top_logprobs for sequence in sampling])
+            columns = [sampled.tokens.tolist(), sampled.logprobs.tolist(), sampled.raw_logprobs.tolist(), top]
+            if not all(map(math.isfinite, columns[2])):  # before anything is changed
                 raise FloatingPointError(f"the model's logits are not finite (weight version {self._version})")
         self._scheduler.advance(chunks)
         self._computed += sum(chunk.length for chunk in chunks)
-        self._generated += len(sampling)
-        return [self._accept(*row) for row in zip(sampling, *columns)]
+        events = []
+        for sequence, token, logprob, raw, likely in zip(sampling, *columns):
+            reason = self._extend(sequence, [token], [logprob], [raw])
+            events += self._emit(sequence, 1, reason, likely)
+        return events
 
-    def _accept(self, sequence: Sequence, token: int, logprob: float, raw: float) -> TokenEvent:
-        """Append a sampled token, and end the sequence if it was the last."""
-        sequence.tokens.append(token)
-        sequence.logprobs.append(logprob)
-        sequence.raw_logprobs.append(raw)
-        sequence.versions.append(self._version)
+    def _rounds(self, chunks: list[Chunk]) -> int:
+        """How many tokens every sequence can make before the host has to look; more than 1 only while all decode."""
+        most = self._decoder.most_rounds
+        if any(chunk.length > 1 or not chunk.samples or chunk.sequence.params.top_logprobs for chunk in chunks):
+            return 1
+        left = max(chunk.sequence.params.max_new_tokens - chunk.sequence.num_generated for chunk in chunks)
+        return self._scheduler.reserve(min(most, left)) if most > 1 else 1
+
+    def _decode(self, chunks: list[Chunk], rounds: int) -> list[TokenEvent]:
+        sequences = [chunk.sequence for chunk in chunks]
+        made = self._decoder.run(sequences, rounds)
+        self._computed += rounds * len(sequences)
+        events = []
+        for chunk, tokens, logprobs, raw in zip(chunks, made.tokens, made.logprobs, made.raw_logprobs):
+            sequence, before = chunk.sequence, chunk.sequence.num_generated
+            reason = self._extend(sequence, tokens, logprobs, raw)
+            count = sequence.num_generated - before
+            self._scheduler.advance([Chunk(sequence, chunk.start, count, True)])
+            events += self._emit(sequence, count, reason, ())
+        return events
+
+    def _extend(
+        self, sequence: Sequence, tokens: list[int], logprobs: list[float], raw: list[float]
+    ) -> FinishReason | None:
+        """Append sampled tokens up to the one that ends the sequence, if one does; why it ends."""
         reason: FinishReason | None = None
-        if token in sequence.stop_ids or self._stop_string_in(sequence, token):
-            reason = "stop"
-        elif sequence.num_generated >= sequence.params.max_new_tokens:
-            reason = "length"
+        left = sequence.params.max_new_tokens - sequence.num_generated
+        if len(tokens) >= left:
+            tokens, reason = tokens[:left], "length"
+        for count, token in enumerate(tokens, 1):
+            if token in sequence.stop_ids or self._stop_string_in(sequence, token):
+                tokens, reason = tokens[:count], "stop"
+                break
+        count = len(tokens)
+        if not all(map(math.isfinite, raw[:count])):
+            raise FloatingPointError(f"the model's logits are not finite (weight version {self._version})")
+        sequence.tokens += tokens
+        sequence.logprobs += logprobs[:count]
+        sequence.raw_logprobs += raw[:count]
+        sequence.versions += [self._version] * count
+        self._generated += count
+        return reason
+
+    def _emit(
+        self, sequence: Sequence, count: int, reason: FinishReason | None, top: tuple[tuple[int, float], ...]
+    ) -> list[TokenEvent]:
+        """Finish the sequence where there is a reason to; events of its last ``count`` tokens, if somebody listens."""
         completion = None if reason is None else self._finish(sequence, reason)
-        return TokenEvent(sequence.request_id, sequence.index, token, logprob, completion)
+        if self._collected is not None:
+            return []
+        rows = zip(sequence.tokens[-count:], sequence.logprobs[-count:], sequence.raw_logprobs[-count:])
+        events = [TokenEvent(sequence.request_id, sequence.index, *row, top, None) for row in rows]
+        return [*events[:-1], replace(events[-1], completion=completion)]
 
     def _stop_string_in(self, sequence: Sequence, token: int) -> bool:
         """Whether the token completes a stop string. Only where it can begin is looked at again."""

@@ -18,6 +18,9 @@ class EngineOptions:
     """Samples that run at once."""
     max_batch_tokens: int = 4096
     """Tokens of one forward pass: longer prompts are computed in chunks."""
+    decode_rounds: int = 0
+    """Tokens that every sequence makes, while all decode, before the host looks at them; what a sequence makes behind
+    its end is thrown away. 0: 16 on a GPU, where it saves the host's time, else 1."""
     max_length: int | None = None
     """Longest prompt plus completion; None: what the model has positions for."""
     cache_dtype: Literal["auto", "fp8"] = "auto"

@@ -36,6 +36,8 @@ class SamplingParams:
     """Do not end at the model's own end tokens."""
     raw_logprobs: bool = False
     """Also return the log-probability of every token at temperature 1 over the whole vocabulary."""
+    top_logprobs: int = 0
+    """Name so many of the most likely tokens in every ``TokenEvent``, at temperature 1 over the whole vocabulary."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
 
@@ -46,7 +48,7 @@ class SamplingParams:
                 raise RequestError(f"{name}: {value} is not between {low:g} and {high:g}")
         if self.top_p == 0:
             raise RequestError("top_p: 0 keeps no token; use temperature 0 for greedy decoding")
-        for name, least in (("top_k", 0), ("max_new_tokens", 1), ("n", 1)):
+        for name, least in (("top_k", 0), ("max_new_tokens", 1), ("n", 1), ("top_logprobs", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise RequestError(f"{name}: {value!r} is not a whole number of at least {least}")
@@ -96,5 +98,10 @@ class TokenEvent:
     index: int
     token_id: int
     logprob: float
+    """In the distribution it was drawn from."""
+    raw_logprob: float
+    """At temperature 1 over the whole vocabulary."""
+    top: tuple[tuple[int, float], ...]
+    """Token ids and raw log-probabilities of the most likely tokens, best first, where asked for."""
     completion: Completion | None
     """The whole sample where this was its last token."""

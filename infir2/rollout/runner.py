@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from infir2.kernels.paged_attention import PagedCache, PagedLayout, attend, empty_cache, write
+from infir2.kernels.paged_attention import attend, write
+from infir2.kernels.paged_layout import PagedCache, PagedLayout, empty_cache, query_tiles
 from infir2.kernels.reference import FP8
 from infir2.model.transformer import CausalLM
 from infir2.rollout.scheduler import Chunk
@@ -56,7 +57,7 @@ class Runner:
         if not self.caches:
             self.caches = [
                 empty_cache(
-                    self.num_blocks,
+                    self.num_blocks + 1,  # the last one takes what nobody will read
                     self.block_size,
                     config.num_key_value_heads,
                     config.head_dim,
@@ -111,4 +112,6 @@ class Runner:
             query_starts=torch.tensor(starts, dtype=torch.int32).to(self.device),
             context_lengths=torch.tensor(contexts, dtype=torch.int32).to(self.device),
             block_tables=torch.tensor(tables, dtype=torch.int32).to(self.device),
+            query_tiles=query_tiles([chunk.length for chunk in chunks]).to(self.device),
+            decoding=all(chunk.length == 1 for chunk in chunks),
         )

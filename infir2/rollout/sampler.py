@@ -33,6 +33,8 @@ class SamplingBatch:
     """int64, from ``random_key``."""
     counters: Tensor
     """int64: number of the token within its sample."""
+    filtered: bool = True
+    """Whether any row may have top-k or top-p; known without looking at the device."""
 
     @staticmethod
     def make(
@@ -47,6 +49,7 @@ class SamplingBatch:
             top_p=column([p.top_p for p in params], torch.float64),
             keys=column(keys, torch.int64),
             counters=column(counters, torch.int64),
+            filtered=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params),
         )
 
 
@@ -78,6 +81,10 @@ def uniform(keys: Tensor, counters: Tensor) -> Tensor:
 
 def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
     """Choose a token for every row of ``logits`` [rows, vocabulary] (any float dtype; computed in float32)."""
+    if logits.is_cuda and not batch.filtered:
+        from infir2.kernels import sample_triton
+
+        return Sampled(*sample_triton.draw(logits, batch.temperature, uniform(batch.keys, batch.counters)))
     logits = logits.float()
     greedy = batch.temperature == 0
     scaled = logits / torch.where(greedy, 1.0, batch.temperature)[:, None]
@@ -91,6 +98,18 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
     logprobs = scaled.gather(1, tokens) - normaliser
     raw = logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)
     return Sampled(tokens.squeeze(1), torch.where(greedy[:, None], raw, logprobs).squeeze(1), raw.squeeze(1))
+
+
+def most_likely(logits: Tensor, counts: List[int]) -> list[tuple[tuple[int, float], ...]]:
+    """For each row of ``logits`` [rows, vocabulary] its ``counts[row]`` most likely tokens as (id, log-softmax)."""
+    found: list[tuple[tuple[int, float], ...]] = [()] * len(counts)
+    if rows := [row for row, count in enumerate(counts) if count]:
+        chosen = logits[torch.tensor(rows, device=logits.device)].float()
+        values, ids = chosen.topk(min(max(counts), logits.shape[-1]), dim=-1)
+        logprobs = values - chosen.logsumexp(-1, keepdim=True)  # as ``sample`` computes them
+        for row, value, token in zip(rows, logprobs.tolist(), ids.tolist()):
+            found[row] = tuple(zip(token, value))[: counts[row]]
+    return found
 
 
 def _filtered(scaled: Tensor, top_k: Tensor, top_p: Tensor, greedy: Tensor) -> Tensor:

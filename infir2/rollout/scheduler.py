@@ -73,6 +73,21 @@ class Scheduler:
             self._admit(chunks, spare)
         return chunks
 
+    def reserve(self, rounds: int) -> int:
+        """Blocks for ``rounds`` further tokens of every running sequence, or for as many as there is room for; how
+        many that are, at least 1. To be called after ``schedule``, while all sequences decode."""
+
+        def missing(sequence: Sequence, rounds: int) -> int:
+            longest = sequence.prompt_length + sequence.params.max_new_tokens
+            tokens = min(len(sequence.tokens) + rounds - 1, longest)
+            return max(0, self.blocks.blocks_for(tokens) - len(sequence.blocks))
+
+        while rounds > 1 and sum(missing(s, rounds) for s in self.running) > self.blocks.available:
+            rounds -= 1
+        for sequence in self.running if rounds > 1 else ():
+            sequence.blocks += self.blocks.allocate(missing(sequence, rounds))
+        return max(rounds, 1)
+
     def advance(self, chunks: List[Chunk]) -> None:
         """The chunks have been computed: their keys and values are in the cache."""
         for chunk in chunks:

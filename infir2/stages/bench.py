@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+PEERS = ("hf", "torchao:tensorwise", "torchao:rowwise", "torchao:rowwise_with_gw_hp")
 PRECISIONS = ("bf16", "blockwise", "hybrid", "rowwise", "tensorwise")
 
 
@@ -21,10 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=2, help="sequences (2)")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence (8192)")
     parser.add_argument("--layers", type=int, default=0, help="decoder layers (0 = the model's)")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16", "blockwise", "hybrid"])
-    parser.add_argument("--peers", nargs="+", choices=["hf"], default=[], help="step: other implementations to measure")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=[*PRECISIONS, *(f"{name}/{kept}" for name in PRECISIONS[1:3] for kept in ("bf16", "recompute"))],
+        default=["bf16", "blockwise", "hybrid"],
+        metavar="NAME",
+        help=f"{', '.join(PRECISIONS)}; blockwise/bf16, hybrid/recompute and so on say how gate and up are kept",
+    )
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="step: other implementations to measure")
     parser.add_argument("--optimizer", action="store_true", help="step: AdamW as well")
     parser.add_argument("--checkpointing", action="store_true", help="step: full activation checkpointing")
+    parser.add_argument("--layers-only", action="store_true", help="step: decoder layers without the output head")
     parser.add_argument("--no-compile", action="store_true", help="step: leave layers uncompiled")
     parser.add_argument("--repeats", type=int, default=10, help="timed repetitions (10)")
     parser.add_argument("--profile", action="store_true", help="step: where the time goes, by kernel family (GPU)")
@@ -46,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     for title, keys in _tables(rows):
         table = Table(title=title or f"bench {args.what}: {args.model}, {args.batch} x {args.length}")
         for key in keys:
-            table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right", overflow="fold")
+            text = isinstance(rows[0][key], str)
+            table.add_column(key, justify="left" if text else "right", no_wrap=text, overflow="fold")
         for row in rows:
             table.add_row(*(_text(row.get(key)) for key in keys))
         Console().print(table)

@@ -6,16 +6,18 @@ import gc
 import re
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from infir2.config import OptimSection
 from infir2.fp8.convert import convert, refresh_weights
+from infir2.fp8.fused import MlpActivations
 from infir2.fp8.recipe import recipe_named
 from infir2.kernels.logprob import cross_entropy_sum
 from infir2.model.attention import causal_attention
@@ -24,12 +26,15 @@ from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
 from infir2.parallel.apply import parallelize
 from infir2.parallel.runtime import World, world
+from infir2.stages.bench_peers import apply_torchao, transformers_model
 from infir2.train.optimizer import build_optimizer
 
 # Kernel families of --profile: the first pattern that a kernel's name matches.
 _FAMILIES = (
     ("attention", r"cudnn|flash|fmha|sdpa|attention"),
-    ("quantise", r"_tile_kernel|_cast_kernel|_amax_kernel"),
+    ("quantise", r"_tile_kernel|_cast_kernel|_amax_kernel|_rows_kernel|_transpose"),
+    ("norm, SwiGLU and quantise", r"_norm_kernel|_swiglu"),
+    ("cross-entropy", r"_softmax_gradient"),
     ("gemm fp8", r"e4m3|fp8|f8"),
     ("gemm bf16", r"gemm|nvjet|cutlass|sm90_xmma|matmul"),
     ("optimiser", r"adam"),
@@ -48,17 +53,25 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 rows.append(_measure(f"infir2 {name}", _ours(config, name, here, args), config, here, args))
         for name in args.peers:
             with _fresh_memory(here.device):
-                rows.append(_measure(name, _transformers(config, here, args), config, here, args))
+                recipe = name.partition(":")[2]
+                peer = _ours(config, "bf16", here, args, recipe) if recipe else _transformers(config, here, args)
+                rows.append(_measure(name, peer, config, here, args))
     for row in rows:
         row["speed-up"] = rows[0]["step ms"] / row["step ms"]
-        row["forward speed-up"] = rows[0]["forward ms"] / row["forward ms"]
+        row["forward speed-up"] = rows[0]["inference ms"] / row["inference ms"]
     return rows
 
 
-def _ours(config: ModelConfig, precision: str, here: World, args: argparse.Namespace) -> tuple[nn.Module, Callable]:
+def _ours(
+    config: ModelConfig, precision: str, here: World, args: argparse.Namespace, torchao: str | None = None
+) -> tuple[nn.Module, Callable]:
+    name, _, kept = precision.partition("/")
     with torch.device("meta"):
         model = CausalLM(config)
-    convert(model, recipe_named(precision))
+    convert(model, recipe_named(name), mlp_activations=cast(MlpActivations, kept or "fp8"))
+    if torchao is not None:
+        model.to(torch.bfloat16)  # its layers cast nothing themselves
+        apply_torchao(model, torchao)
     parallelize(
         model,
         model.model.layers,
@@ -71,10 +84,15 @@ def _ours(config: ModelConfig, precision: str, here: World, args: argparse.Names
     refresh_weights(model)
 
     def forward(ids: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        head = partial(_head, labels=labels)
+        head = partial(_no_head if args.layers_only else _head, labels=labels)
         return model(ids, positions, causal_attention, head=head) / labels.numel()
 
     return model, forward
+
+
+def _no_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The decoder layers alone: a gradient that is not zero, at next to no cost."""
+    return hidden.sum(dtype=torch.float32)
 
 
 def _head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -82,15 +100,7 @@ def _head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def _transformers(config: ModelConfig, here: World, args: argparse.Namespace) -> tuple[nn.Module, Callable]:
-    """Hugging Face Transformers in bfloat16, as people run it: eager, SDPA."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    table = config.to_hf()
-    hf_config = AutoConfig.for_model(table.pop("model_type"), **table)
-    with torch.device(here.device):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    if args.checkpointing:
-        model.gradient_checkpointing_enable()
+    model = transformers_model(config, here.device, args.checkpointing)
 
     def forward(ids: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         return model(input_ids=ids, labels=ids, position_ids=positions, use_cache=False).loss
@@ -114,11 +124,15 @@ def _measure(
     for _ in range(2):  # compile, warm up
         step()
     fwd = _median_ms(lambda: forward(*inputs), here, args.repeats)
+    with torch.no_grad():
+        forward(*inputs)
+        inference = _median_ms(lambda: forward(*inputs), here, args.repeats)
     _reset_peak(here)
     both = _median_ms(step, here, args.repeats)
     tokens = args.batch * args.length
     row: dict[str, Any] = {
         "what": name,
+        "inference ms": inference,
         "forward ms": fwd,
         "backward ms": both - fwd,
         "step ms": both,
@@ -159,23 +173,25 @@ def _median_ms(work: Callable[[], Any], here: World, repeats: int) -> float:
     return statistics.median(times)
 
 
-def _profile(step: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds on the GPU by kernel family, and the share of the step in which a kernel ran."""
+def _profile(step: Callable[[], None]) -> dict[str, Any]:
+    """Milliseconds on the GPU by kernel family, of the longest kernels, and the share of the step in which one ran."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         step()
         torch.cuda.synchronize()
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     families: dict[str, float] = dict.fromkeys((name for name, _ in _FAMILIES), 0.0)
+    kernels: Counter[str] = Counter()
     for event in events:
         family = next(name for name, pattern in _FAMILIES if re.search(pattern, event.name, re.IGNORECASE))
         families[family] += event.time_range.elapsed_us() / 1e3
+        kernels[event.name[:100]] += event.time_range.elapsed_us() / 1e3
     spans = sorted((e.time_range.start, e.time_range.end) for e in events)
     busy, reached = 0.0, spans[0][0]
     for start, end in spans:
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
-    return {**families, "busy share": busy / (reached - spans[0][0])}
+    return {**families, "busy share": busy / (reached - spans[0][0]), "kernels": dict(kernels.most_common(40))}
 
 
 @torch.no_grad()

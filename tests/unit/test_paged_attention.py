@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from infir2.kernels.paged_attention import PagedCache, PagedLayout, attend, empty_cache, write
+from infir2.kernels.paged_attention import attend, write
+from infir2.kernels.paged_layout import PagedCache, PagedLayout, empty_cache, query_tiles
 from infir2.kernels.reference import FP8
 
 BLOCKS, HEAD_DIM = 40, 16
@@ -34,7 +35,9 @@ def layout_for(tables: Tensor, lengths: list[int], queries: list[int], block_siz
         for i in range(length - new, length)
     ]
     starts = torch.tensor([0, *queries]).cumsum(0)
-    return PagedLayout(torch.tensor(slots), starts.int(), torch.tensor(lengths, dtype=torch.int32), tables)
+    contexts = torch.tensor(lengths, dtype=torch.int32)
+    decoding = all(new == 1 for new in queries)
+    return PagedLayout(torch.tensor(slots), starts.int(), contexts, tables, query_tiles(queries), decoding)
 
 
 def filled(cache: PagedCache, kv: list[tuple[Tensor, Tensor]], tables: Tensor, block_size: int) -> PagedCache:

@@ -206,6 +206,45 @@ def test_chunks_and_block_size_change_nothing(model: CausalLM, budget: int, bloc
     assert_same(flat(Engine(model, options=options).generate(requests)), expected)
 
 
+@pytest.mark.parametrize(("rounds", "cache_tokens"), [(3, 4096), (16, 4096), (5, 160)])
+def test_rounds_without_the_host_change_nothing(model: CausalLM, rounds: int, cache_tokens: int) -> None:
+    """Ends in the middle of a run, runs cut short by a full cache, and prefixes that such runs left in the cache."""
+    requests = mixed_requests(30, new=24)
+    for i, sample in enumerate(flat(Engine(model).generate(requests))):
+        if i % 2:  # ends at any place
+            ends = (sample.token_ids[i % 24],)
+            params = dataclasses.replace(requests[i].params, stop_token_ids=ends)
+            requests[i] = dataclasses.replace(requests[i], params=params)
+    plain = Engine(model)
+    expected = flat(plain.generate(requests))
+    engine = Engine(model, options=EngineOptions(cache_tokens=cache_tokens, block_size=4, decode_rounds=rounds))
+    found = flat(engine.generate(requests))
+    assert_same(found, expected)
+    assert {sample.finish_reason for sample in found} == {"stop", "length"}
+    assert engine.stats().generated_tokens == plain.stats().generated_tokens
+    assert (engine.stats().preemptions > 0) == (cache_tokens == 160)
+    assert_nothing_is_held(engine)
+    longer = [
+        Request((*request.prompt_ids, *sample.token_ids), dataclasses.replace(request.params, max_new_tokens=5))
+        for request, sample in zip(requests, found)
+    ]
+    assert_same(flat(engine.generate(longer)), flat(Engine(model).generate(longer)))
+    assert (engine.stats().cached_tokens > 0) == (cache_tokens == 4096)
+
+
+def test_rounds_stream_every_token_once(model: CausalLM) -> None:
+    engine = Engine(model, options=EngineOptions(decode_rounds=7))
+    ids = [engine.add_request(Request((1, 2, 3 + i), SamplingParams(max_new_tokens=10 + i))) for i in range(3)]
+    events = []
+    while engine.has_unfinished:
+        events += engine.step()
+    for request_id in ids:
+        mine = [event for event in events if event.request_id == request_id]
+        assert tuple(event.token_id for event in mine) == mine[-1].completion.token_ids
+        assert all(event.completion is None for event in mine[:-1])
+        assert tuple(event.logprob for event in mine) == mine[-1].completion.logprobs
+
+
 def test_seeds_and_samples(model: CausalLM) -> None:
     prompt = prompts(1)[0]
 
@@ -251,8 +290,9 @@ def test_stop_tokens(model: CausalLM) -> None:
     assert (ignoring.token_ids, ignoring.finish_reason) == (tokens, "length")
 
 
-def test_stop_strings_and_text(model: CausalLM, tokenizer) -> None:
-    engine = Engine(model, tokenizer)
+@pytest.mark.parametrize("rounds", [1, 6])
+def test_stop_strings_and_text(model: CausalLM, tokenizer, rounds: int) -> None:
+    engine = Engine(model, tokenizer, EngineOptions(decode_rounds=rounds))
     params = SamplingParams(max_new_tokens=40, ignore_eos=True)
     requests = [Request((5,), dataclasses.replace(params, seed=seed)) for seed in range(20)]
     stops = checked = 0
@@ -305,9 +345,11 @@ def test_abort_returns_what_there_is_and_frees_the_blocks(model: CausalLM) -> No
     assert_nothing_is_held(engine)
 
 
-def test_a_thousand_random_requests_and_aborts_leak_nothing(model: CausalLM) -> None:
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_a_thousand_random_requests_and_aborts_leak_nothing(model: CausalLM, rounds: int) -> None:
     rng = random.Random(5)
-    engine = Engine(model, options=EngineOptions(cache_tokens=96, block_size=4, max_sequences=6, max_batch_tokens=32))
+    options = EngineOptions(cache_tokens=96, block_size=4, max_sequences=6, max_batch_tokens=32, decode_rounds=rounds)
+    engine = Engine(model, options=options)
     alive: list[str] = []
     finished = aborted = 0
     texts = prompts(30, longest=40)
@@ -403,7 +445,7 @@ def test_sleep_frees_the_cache_and_nothing_is_lost(model: CausalLM) -> None:
     engine = Engine(model)
     ids = [engine.add_request(request) for request in requests]
     size = engine.stats().cache_bytes
-    assert size == 2 * 2 * 65_536 * 2 * 16 * 4  # layers, keys and values, tokens, heads, head_dim, bytes
+    assert size == 2 * 2 * (65_536 + 16) * 2 * 16 * 4  # layers, keys and values, tokens and a spare block, ...
     found: dict[str, Completion] = {}
     while engine.has_unfinished:
         if engine.stats().steps in (3, 7):

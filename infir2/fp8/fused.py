@@ -1,0 +1,192 @@
+"""Whole pieces of a decoder layer in FP8: norm and projections, and the MLP, quantised where their inputs are made.
+
+``fuse`` puts them into a model that ``infir2.fp8.convert`` has converted. Parameters and names stay where they are; the
+forward pass writes FP8 codes instead of the normalised input and of silu(gate) * up, and multiplies q/k/v and gate/up
+each in one GEMM. The numerics are those of the single layers: the same codes go into the same GEMMs.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from infir2.fp8.group import LinearGroup
+from infir2.fp8.linear import Fp8Linear, pad_tokens, weight_gradient
+from infir2.fp8.recipe import Recipe
+from infir2.fp8.tensor import Operand
+from infir2.kernels.matmul import scaled_mm
+from infir2.kernels.norm import norm_quantize, rms_norm, rms_norm_backward
+from infir2.kernels.reference import BLOCK
+from infir2.kernels.rows import quantize_rows
+from infir2.kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_quantize, swiglu_quantize
+from infir2.kernels.transpose import transpose_operand
+
+MlpActivations = Literal["fp8", "bf16", "recompute"]
+"""How gate and up wait for the backward pass: as FP8 codes, as they are, or not at all (their GEMM is run again)."""
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def fuse(model: nn.Module, keep: MlpActivations = "fp8") -> list[str]:
+    """Put the fused pieces into every attention and MLP of ``model`` that they fit; returns the names of those.
+
+    A piece fits where all its linears are FP8 with a recipe of row codes, and the MLP has no bias.
+    """
+    done = []
+    for name, module in model.named_modules():
+        if hasattr(module, "fused_projections") and (linears := _row_coded(module, _PROJECTIONS)):
+            module.fused_projections = FusedProjections(linears)
+            done.append(name)
+        elif hasattr(module, "fused_mlp") and (linears := _row_coded(module, _MLP, biased=False)):
+            gate, up, down = linears
+            module.fused_mlp = FusedMlp(gate, up, down, keep)
+            done.append(name)
+    return done
+
+
+def _row_coded(module: nn.Module, names: tuple[str, ...], biased: bool = True) -> list[Fp8Linear]:
+    """The linears of those names if all are FP8 with row codes and, unless ``biased``, without bias; else none."""
+    linears = [getattr(module, name) for name in names]
+    fit = (isinstance(x, Fp8Linear) and x.recipe.row_codes and (biased or x.bias is None) for x in linears)
+    return linears if all(fit) else []
+
+
+class FusedProjections:
+    """RMSNorm and the linears that read its output, in one GEMM."""
+
+    def __init__(self, linears: list[Fp8Linear]) -> None:
+        self.group = LinearGroup(linears)
+
+    def __call__(self, hidden: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+        """hidden [..., features] -> one tensor [..., out_features] a linear, biases added."""
+        group, operand = self.group, self.group.operand()
+        group.measure_weights()
+        measured = group if any(linear.health is not None for linear in group.linears) else None
+        flat = hidden.flatten(0, -2)
+        y = _Projections.apply(
+            flat, norm_weight, eps, operand.codes, operand.scale, group.recipe, torch.is_grad_enabled(), measured,
+            *group.weights,
+        )  # fmt: skip
+        outputs = y.unflatten(0, hidden.shape[:-1]).split(group.sizes, dim=-1)
+        return group.add_bias(outputs)
+
+
+class FusedMlp:
+    """RMSNorm, gate and up in one GEMM, SwiGLU and down."""
+
+    def __init__(self, gate: Fp8Linear, up: Fp8Linear, down: Fp8Linear, keep: MlpActivations) -> None:
+        self.group, self.down, self.keep = LinearGroup([gate, up]), LinearGroup([down]), keep
+
+    def __call__(self, hidden: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
+        """hidden [..., features] -> the same."""
+        gate_up, down = self.group.operand(), self.down.operand()
+        self.group.measure_weights()
+        self.down.measure_weights()
+        measured = self if any(linear.health is not None for linear in self.group.linears) else None
+        y = _Mlp.apply(
+            hidden.flatten(0, -2), norm_weight, eps, gate_up.codes, gate_up.scale, down.codes, down.scale,
+            self.group.recipe, self.keep, torch.is_grad_enabled(), measured, *self.group.weights, *self.down.weights,
+        )  # fmt: skip
+        return y.unflatten(0, hidden.shape[:-1])
+
+
+class _Projections(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, w_codes: Tensor, w_scale: Tensor, recipe: Recipe,
+        training: bool, measured: LinearGroup | None, *weights: Tensor,
+    ) -> Tensor:  # fmt: skip
+        padded = pad_tokens(x)
+        codes, scale, amax, rstd = norm_quantize(padded, norm_weight, eps, training and recipe.channel_wgrad)
+        if measured is not None:
+            _measure_input(measured, rms_norm(padded, norm_weight, eps), codes, scale)
+        ctx.save_for_backward(padded, norm_weight, rstd, codes, scale, amax, w_codes, w_scale)
+        ctx.recipe, ctx.measured, ctx.rows = recipe, measured, x.shape[0]
+        ctx.sizes, ctx.dtype = [weight.shape[0] for weight in weights], weights[0].dtype
+        return scaled_mm(codes, scale, "tile", w_codes, w_scale, "block", x.dtype)[: x.shape[0]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, norm_weight, rstd, *x_saved, w_codes, w_scale = ctx.saved_tensors
+        g = pad_tokens(grad)
+        g_saved = quantize_rows(g, ctx.recipe.channel_wgrad)
+        if ctx.measured is not None:
+            _measure_gradient(ctx.measured, g, g_saved[0], g_saved[1], ctx.sizes)
+        normed = _input_gradient(g_saved[0], g_saved[1], w_codes, w_scale, grad.dtype)
+        dx, d_norm = rms_norm_backward(normed, x, norm_weight, rstd)
+        dw = _split_gradient(g_saved, x_saved, ctx.recipe, ctx.dtype, ctx.sizes, any(ctx.needs_input_grad[8:]))
+        return dx[: ctx.rows], d_norm, None, None, None, None, None, None, *dw
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm_weight: Tensor, eps: float,
+        w_codes: Tensor, w_scale: Tensor, down_codes: Tensor, down_scale: Tensor,
+        recipe: Recipe, keep: MlpActivations, training: bool, measured: FusedMlp | None, *weights: Tensor,
+    ) -> Tensor:  # fmt: skip
+        padded = pad_tokens(x)
+        codes, scale, amax, rstd = norm_quantize(padded, norm_weight, eps, training and recipe.channel_wgrad)
+        gate_up = scaled_mm(codes, scale, "tile", w_codes, w_scale, "block", x.dtype)
+        a_codes, a_scale, kept, kept_scale = swiglu_quantize(gate_up, training and keep == "fp8")
+        if measured is not None:
+            _measure_input(measured.group, rms_norm(padded, norm_weight, eps), codes, scale)
+            _measure_input(measured.down, swiglu(gate_up), a_codes, a_scale)
+        if keep != "fp8":
+            kept = gate_up if keep == "bf16" else kept
+        ctx.save_for_backward(
+            padded, norm_weight, rstd, codes, scale, amax, w_codes, w_scale, down_codes, down_scale, kept, kept_scale
+        )
+        ctx.recipe, ctx.keep, ctx.measured, ctx.rows = recipe, keep, measured, x.shape[0]
+        ctx.sizes, ctx.dtype = [weight.shape[0] for weight in weights], weights[0].dtype
+        return scaled_mm(a_codes, a_scale, "tile", down_codes, down_scale, "block", x.dtype)[: x.shape[0]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, norm_weight, rstd, *x_saved, w_codes, w_scale, down_codes, down_scale, gate_up, kept_scale = (
+            ctx.saved_tensors
+        )
+        channel = ctx.recipe.channel_wgrad
+        if ctx.keep == "recompute":
+            gate_up = scaled_mm(x_saved[0], x_saved[1], "tile", w_codes, w_scale, "block", grad.dtype)
+        g = pad_tokens(grad)
+        g_saved = quantize_rows(g, channel)
+        d_value = _input_gradient(g_saved[0], g_saved[1], down_codes, down_scale, grad.dtype)
+        *d_saved, a_codes, a_scale, a_amax = swiglu_backward_quantize(d_value, gate_up, kept_scale, channel)
+        if ctx.measured is not None:
+            wide = Operand(gate_up, kept_scale, "tile").dequantize() if ctx.keep == "fp8" else gate_up
+            d_gate_up = swiglu_backward(d_value, wide)
+            _measure_gradient(ctx.measured.group, d_gate_up, d_saved[0], d_saved[1], ctx.sizes[:2])
+            _measure_gradient(ctx.measured.down, g, g_saved[0], g_saved[1], ctx.sizes[2:])
+        wanted = any(ctx.needs_input_grad[11:])
+        d_down = _split_gradient(g_saved, (a_codes, a_scale, a_amax), ctx.recipe, ctx.dtype, ctx.sizes[2:], wanted)
+        normed = _input_gradient(d_saved[0], d_saved[1], w_codes, w_scale, grad.dtype)
+        dx, d_norm = rms_norm_backward(normed, x, norm_weight, rstd)
+        dw = _split_gradient(d_saved, x_saved, ctx.recipe, ctx.dtype, ctx.sizes[:2], wanted)
+        return dx[: ctx.rows], d_norm, *[None] * 9, *dw, *d_down
+
+
+def _input_gradient(codes: Tensor, scale: Tensor, w_codes: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """g W from row codes of g and the weight's own codes, transposed."""
+    return scaled_mm(codes, scale, "tile", *transpose_operand(w_codes, w_scale, "block"), "block", dtype)
+
+
+def _split_gradient(
+    grad: Any, x: Any, recipe: Recipe, dtype: torch.dtype, sizes: list[int], wanted: bool
+) -> tuple[Tensor | None, ...]:
+    """g^T x, cut into the weights that it belongs to."""
+    if not wanted:
+        return (None,) * len(sizes)
+    return weight_gradient(tuple(grad), tuple(x), recipe, dtype).split(sizes)
+
+
+def _measure_input(group: LinearGroup, values: Tensor, codes: Tensor, scale: Tensor) -> None:
+    operand = Operand(codes, scale, "tile")
+    group.measure("x", [values] * len(group.linears), [operand] * len(group.linears))
+
+
+def _measure_gradient(group: LinearGroup, values: Tensor, codes: Tensor, scale: Tensor, sizes: list[int]) -> None:
+    blocks = [size // BLOCK for size in sizes]
+    parts = zip(codes.split(sizes, dim=1), scale.split(blocks, dim=1), strict=True)
+    group.measure("g", values.split(sizes, dim=1), [Operand(code, part, "tile") for code, part in parts])

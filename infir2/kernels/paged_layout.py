@@ -1,0 +1,69 @@
+"""How keys and values lie in a paged cache, and where the tokens of a forward pass belong in it.
+
+A layer's cache is a pool of blocks of ``block_size`` tokens. A sequence's block table names its blocks in order, so
+token i lies in slot ``table[i // block_size] * block_size + i % block_size`` of the pool. A pass brings new tokens of
+several sequences, end to end: one each while decoding, many for a chunk of a prompt.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infir2.kernels.reference import FP8
+
+QUERY_TILE = 64
+"""New tokens of one sequence that a program of the prompt kernel takes."""
+
+
+@dataclass(frozen=True)
+class PagedCache:
+    """Keys and values of one layer, [blocks, block_size, kv_heads, head_dim]."""
+
+    keys: Tensor
+    values: Tensor
+    key_scale: Tensor | None = None
+    """float32 [blocks, block_size, kv_heads] where keys and values are float8_e4m3fn codes, else None."""
+    value_scale: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.keys, self.values, self.key_scale, self.value_scale)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+@dataclass(frozen=True)
+class PagedLayout:
+    """Where the tokens of a pass belong. The queries of a sequence are the last tokens of its context."""
+
+    slots: Tensor
+    """int64 [tokens]: the slot that each new token's key and value go to."""
+    query_starts: Tensor
+    """int32 [sequences + 1]: where each sequence's new tokens start; 0 first, the number of tokens last."""
+    context_lengths: Tensor
+    """int32 [sequences]: tokens of the sequence in the cache, the new ones included."""
+    block_tables: Tensor
+    """int32 [sequences, most blocks]: entries behind a sequence's context are ignored (but must be valid numbers)."""
+    query_tiles: Tensor
+    """int32 [tiles, 2]: (sequence, first of its new tokens) of every tile of up to ``QUERY_TILE`` new tokens."""
+    decoding: bool = False
+    """Whether every sequence has exactly one new token."""
+
+
+def empty_cache(
+    blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+) -> PagedCache:
+    """An uninitialised cache; ``dtype`` float8_e4m3fn makes an FP8 one."""
+    shape = (blocks, block_size, kv_heads)
+    keys, values = (torch.empty(*shape, head_dim, dtype=dtype, device=device) for _ in range(2))
+    if dtype != FP8:
+        return PagedCache(keys, values)
+    key_scale, value_scale = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+    return PagedCache(keys, values, key_scale, value_scale)
+
+
+def query_tiles(lengths: Sequence[int]) -> Tensor:
+    """``PagedLayout.query_tiles`` of sequences with so many new tokens each, on the CPU."""
+    tiles = [(i, start) for i, length in enumerate(lengths) for start in range(0, length, QUERY_TILE)]
+    return torch.tensor(tiles, dtype=torch.int32).view(-1, 2)

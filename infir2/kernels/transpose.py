@@ -1,0 +1,48 @@
+"""Operands of a transposed matrix from its codes: the same codes of square blocks, row codes moved to new scales."""
+
+import torch
+from torch import Tensor
+
+from infir2.kernels import reference
+from infir2.kernels.operand import empty_operand, with_layout
+
+
+def transpose_operand(codes: Tensor, scale: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+    """The operand of x.T from the operand of x, exactly. Only ``block`` and ``tensor`` scales allow it."""
+    if granularity not in ("block", "tensor"):
+        raise ValueError(f"{granularity} scales do not transpose: quantise the transposed matrix instead")
+    return transpose_codes(codes), with_layout(scale.T, granularity)
+
+
+@torch.library.custom_op("infir2::transpose_codes", mutates_args=())
+def transpose_codes(codes: Tensor) -> Tensor:
+    """codes.T, contiguous."""
+    if not codes.is_cuda:
+        return torch.empty(codes.T.shape, dtype=codes.dtype).copy_(codes.T)
+    from infir2.kernels import rows_triton
+
+    return rows_triton.transpose_codes(codes)
+
+
+@transpose_codes.register_fake
+def _(codes: Tensor) -> Tensor:
+    return torch.empty(codes.shape[1], codes.shape[0], dtype=codes.dtype, device=codes.device)
+
+
+@torch.library.custom_op("infir2::transpose_rows", mutates_args=())
+def transpose_rows(codes: Tensor, scale: Tensor, amax: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+    """Codes [cols, rows] and scales of the transpose of the row codes; see ``rows``.
+
+    granularity: ``tile`` (1x128 along the old rows), or ``channel`` (one scale each, from ``amax``).
+    """
+    if not codes.is_cuda:
+        codes_t, scale_t = reference.transpose_rows(codes, scale, granularity)
+        return codes_t, with_layout(scale_t, granularity)
+    from infir2.kernels import rows_triton
+
+    return rows_triton.transpose_rows(codes, scale, amax, granularity)
+
+
+@transpose_rows.register_fake
+def _(codes: Tensor, scale: Tensor, amax: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+    return empty_operand(codes.shape[1], codes.shape[0], granularity, codes.device)

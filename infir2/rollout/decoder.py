@@ -1,0 +1,154 @@
+"""Several decoding rounds without the host: each samples a token of every sequence and feeds it to the next.
+
+All that a round needs lies on the device: tokens, positions, block tables, sampling parameters. So on a GPU a round is
+one CUDA graph, replayed, and the host looks at the tokens of many rounds at once. On a CPU the same function runs as it
+is. A sequence that ends on the way goes on to the end of the run; what it makes then is thrown away.
+"""
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infir2.kernels.paged_layout import PagedLayout
+from infir2.rollout.runner import PagedAttention, Runner
+from infir2.rollout.sampler import SamplingBatch, sample
+from infir2.rollout.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What the sequences of a run made: one list a sequence, one element a round."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    raw_logprobs: list[list[float]]
+
+
+class DecodeBuffers:
+    """The state of a run on the device, for up to ``size`` sequences and ``most`` rounds."""
+
+    def __init__(self, size: int, most: int, width: int, device: torch.device) -> None:
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.token, self.position, self.limit = (zeros(size, dtype=torch.int64) for _ in range(3))
+        self.tables = zeros(size, width, dtype=torch.int32)
+        self.temperature, self.top_p = zeros(size, dtype=torch.float32), zeros(size, dtype=torch.float64)
+        self.top_k, self.keys, self.counters = (zeros(size, dtype=torch.int64) for _ in range(3))
+        self.round = zeros(1, dtype=torch.int64)
+        self.tokens = zeros(most, size, dtype=torch.int64)
+        self.logprobs, self.raw_logprobs = (zeros(most, size, dtype=torch.float32) for _ in range(2))
+        self.starts = torch.arange(size + 1, dtype=torch.int32, device=device)
+        self.no_tiles = zeros(0, 2, dtype=torch.int32)
+
+    def load(self, sequences: List[Sequence], spare_block: int) -> None:
+        """Fill the rows; rows without a sequence decode a token of their own into the spare block."""
+        size, width = self.tables.shape
+        missing = size - len(sequences)
+
+        def put(target: Tensor, values: list, rest: float) -> None:
+            target.copy_(torch.tensor([*values, *[rest] * missing], dtype=target.dtype))
+
+        put(self.token, [s.tokens[-1] for s in sequences], 0)
+        put(self.position, [len(s.tokens) - 1 for s in sequences], 0)
+        # Behind its last possible token a sequence stays where it is: no block is set aside for more.
+        put(self.limit, [s.prompt_length + s.params.max_new_tokens - 1 for s in sequences], 0)
+        put(self.temperature, [s.params.temperature for s in sequences], 0)
+        put(self.top_k, [s.params.top_k for s in sequences], 0)
+        put(self.top_p, [s.params.top_p for s in sequences], 1)
+        put(self.keys, [s.key for s in sequences], 0)
+        put(self.counters, [s.num_generated for s in sequences], 0)
+        rows = [s.blocks + [0] * (width - len(s.blocks)) for s in sequences]
+        rows += [[spare_block] + [0] * (width - 1)] * missing
+        self.tables.copy_(torch.tensor(rows, dtype=torch.int32))
+        self.round.zero_()
+
+
+class Decoder:
+    """Runs rounds with a runner's model and cache."""
+
+    def __init__(self, runner: Runner, most_rounds: int, max_sequences: int, max_length: int) -> None:
+        self.runner, self.most_rounds = runner, most_rounds
+        self.max_sequences, self.width = max_sequences, -(-max_length // runner.block_size)
+        self._buffers: dict[int, DecodeBuffers] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    @torch.no_grad()
+    def run(self, sequences: List[Sequence], rounds: int) -> Rounds:
+        """Decode ``rounds`` tokens of every sequence; blocks for them must be there."""
+        size = self._size(len(sequences))
+        filtered = any(s.params.temperature > 0 and (s.params.top_k or s.params.top_p < 1) for s in sequences)
+        if size not in self._buffers:
+            self._buffers[size] = DecodeBuffers(size, self.most_rounds, self.width, self.runner.device)
+        buffers = self._buffers[size]
+        buffers.load(sequences, self.runner.num_blocks)
+        graph = self._graph(size) if self.runner.device.type == "cuda" and not filtered else None
+        for _ in range(rounds):
+            if graph is None:
+                self._round(buffers, filtered)
+            else:
+                graph.replay()
+        columns = (buffers.tokens, buffers.logprobs, buffers.raw_logprobs)
+        return Rounds(*(column[:rounds, : len(sequences)].T.tolist() for column in columns))
+
+    def forget(self) -> None:
+        """Drop what was recorded: the cache or the weights lie elsewhere now."""
+        self._graphs.clear()
+        self._buffers.clear()
+
+    def _size(self, sequences: int) -> int:
+        """Rows of the buffers: on a GPU a few sizes serve all, so that few graphs are recorded."""
+        if self.runner.device.type != "cuda":
+            return sequences
+        sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 257, 16), *range(320, self.max_sequences + 64, 64)]
+        return min(next(size for size in sizes if size >= sequences), max(self.max_sequences, sequences))
+
+    def _graph(self, size: int) -> torch.cuda.CUDAGraph:
+        if size not in self._graphs:
+            buffers, state = self._buffers[size], {}
+            for name, tensor in vars(buffers).items():
+                state[name] = tensor.clone()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # what is compiled or chosen at a first call must not be recorded
+                for _ in range(2):
+                    self._round(buffers, filtered=False)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._round(buffers, filtered=False)
+            for name, tensor in state.items():
+                getattr(buffers, name).copy_(tensor)
+            self._graphs[size] = graph
+        return self._graphs[size]
+
+    def _round(self, state: DecodeBuffers, filtered: bool) -> None:
+        """One token of every row, in place."""
+        runner, size = self.runner, state.token.numel()
+        position = torch.minimum(state.position, state.limit)
+        block = state.tables.gather(1, (position // runner.block_size)[:, None]).squeeze(1).long()
+        layout = PagedLayout(
+            slots=block * runner.block_size + position % runner.block_size,
+            query_starts=state.starts,
+            context_lengths=(position + 1).int(),
+            block_tables=state.tables,
+            query_tiles=state.no_tiles,
+            decoding=True,
+        )
+
+        def logits_of_all(hidden: Tensor, weight: Tensor) -> Tensor:
+            return F.linear(hidden[0], weight.to(hidden.dtype))
+
+        attention = PagedAttention(runner.caches, layout)
+        logits = runner.model(state.token.view(1, size), position.view(1, size), attention, logits_of_all)
+        batch = SamplingBatch(state.temperature, state.top_k, state.top_p, state.keys, state.counters, filtered)
+        sampled = sample(logits, batch)
+        state.tokens.index_copy_(0, state.round, sampled.tokens[None])
+        state.logprobs.index_copy_(0, state.round, sampled.logprobs[None])
+        state.raw_logprobs.index_copy_(0, state.round, sampled.raw_logprobs[None])
+        state.token.copy_(sampled.tokens)
+        for counter in (state.position, state.counters, state.round):
+            counter.add_(1)

@@ -1,0 +1,149 @@
+"""Fused kernels on the GPU against their plain-torch twins, and the fused pieces of a layer against the CPU."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from infir2.fp8.convert import convert, refresh_weights
+from infir2.fp8.recipe import recipe_named
+from infir2.kernels import reference
+from infir2.kernels.logprob import softmax_gradient_
+from infir2.kernels.norm import norm_quantize, rms_norm
+from infir2.kernels.rows import encode_rows, quantize_rows
+from infir2.kernels.swiglu import swiglu_backward_quantize, swiglu_quantize
+from infir2.kernels.transpose import transpose_codes, transpose_rows
+from infir2.model.attention import causal_attention
+from infir2.model.presets import preset
+from infir2.model.transformer import CausalLM
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+SHAPES = [(512, 768), (384, 1536), (256, 3584), (130, 257), (1, 128), (1000, 333)]
+
+
+def values(rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Numbers of very different magnitude, with zero blocks, an Inf and a NaN."""
+    generator = torch.Generator().manual_seed(rows * 10007 + cols)
+    x = torch.randn(rows, cols, generator=generator)
+    x *= torch.exp2(torch.randint(-30, 12, (rows, 1), generator=generator).float())
+    x[: rows // 3, : cols // 2] = 0.0
+    if rows > 120:
+        x[100, 7], x[101, 3] = torch.nan, torch.inf
+    return x.to(dtype)
+
+
+def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], share: float = 0.0) -> None:
+    """Codes and whatever goes with them; up to ``share`` of the codes may be a neighbour (another exp, another sum)."""
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == theirs.dtype
+        ours, theirs = ours.cpu(), theirs.cpu()
+        if ours.dtype == reference.FP8:
+            moved = (ours.view(torch.int8).int() - theirs.view(torch.int8).int()).abs()
+            assert (moved != 0).float().mean() <= share
+            assert share == 0.0 or moved.max() <= 128
+        elif share == 0.0:
+            assert torch.equal(ours.nan_to_num(-1.0), theirs.nan_to_num(-1.0))
+        elif ours.numel():
+            wrong = ~torch.isclose(ours, theirs, rtol=1e-5, atol=0.0, equal_nan=True)
+            assert wrong.float().mean() <= 10 * share
+
+
+@pytest.mark.parametrize("amax", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_row_codes_bit_for_bit(shape: tuple, dtype: torch.dtype, amax: bool) -> None:
+    x = values(*shape, dtype)
+    assert_same(quantize_rows(x.cuda(), amax), encode_rows(x, amax))
+
+
+@pytest.mark.parametrize("granularity", ["tile", "channel"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transposed_row_codes_bit_for_bit(shape: tuple, granularity: str) -> None:
+    rows = encode_rows(values(*shape), True)
+    got = transpose_rows(*(part.cuda() for part in rows), granularity)
+    assert_same(got, reference.transpose_rows(rows[0], rows[1], granularity))
+
+
+def test_transposed_codes_are_the_same_bytes() -> None:
+    codes = encode_rows(values(384, 1536), False)[0]
+    assert torch.equal(transpose_codes(codes.cuda()).cpu().view(torch.uint8), codes.view(torch.uint8).T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norm_then_codes(shape: tuple, dtype: torch.dtype) -> None:
+    x, weight = values(*shape, dtype), torch.randn(shape[1]).abs() + 0.5
+    *codes, rstd = norm_quantize(x.cuda(), weight.cuda(), 1e-6, True)
+    *expected, expected_rstd = norm_quantize(x, weight, 1e-6, True)
+    assert torch.allclose(rstd.cpu(), expected_rstd, rtol=1e-5, equal_nan=True)
+    assert_same(tuple(codes[:2]), tuple(expected[:2]), share=2e-3)  # rstd may differ in its last bit
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("shape", [(512, 2048), (300, 17920), (130, 256)])
+def test_swiglu_then_codes(shape: tuple, keep: bool) -> None:
+    gate_up = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).bfloat16() * 3
+    got, expected = swiglu_quantize(gate_up.cuda(), keep), swiglu_quantize(gate_up, keep)
+    assert_same(got[:2], expected[:2], share=2e-3)
+    assert_same(got[2:], expected[2:])
+
+
+@pytest.mark.parametrize("amax", [True, False])
+@pytest.mark.parametrize("codes", [True, False])
+@pytest.mark.parametrize("shape", [(512, 2048), (300, 17920), (130, 256)])
+def test_swiglu_backward_then_codes(shape: tuple, codes: bool, amax: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    gate_up = torch.randn(*shape, generator=generator).bfloat16() * 3
+    grad = torch.randn(shape[0], shape[1] // 2, generator=generator).bfloat16() * 1e-3
+    kept, scale = encode_rows(gate_up, False)[:2] if codes else (gate_up, gate_up.new_empty(0))
+    got = swiglu_backward_quantize(grad.cuda(), kept.cuda(), scale.cuda(), amax)
+    expected = swiglu_backward_quantize(grad, kept, scale, amax)
+    assert_same(tuple(got[i] for i in (0, 1, 3, 4)), tuple(expected[i] for i in (0, 1, 3, 4)), share=2e-3)
+    for ours, theirs in ((got[2], expected[2]), (got[5], expected[5])):
+        assert torch.allclose(ours.cpu(), theirs, rtol=0.13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocabulary", [1000, 8192, 151_936])
+def test_softmax_gradient(vocabulary: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = (torch.randn(37, vocabulary, generator=generator) * 4).to(dtype)
+    labels = torch.randint(0, vocabulary, (37,), generator=generator)
+    labels[5] = -100
+    ours, theirs = logits.cuda(), logits.clone()
+    nll = softmax_gradient_(ours, labels.cuda(), -100, gradient=True)
+    expected = softmax_gradient_(theirs, labels, -100, gradient=True)
+    assert torch.allclose(nll.cpu(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(ours.cpu().float(), theirs.float(), rtol=1e-2, atol=1e-6)
+    assert ours[5].eq(0).all()
+
+
+@pytest.mark.parametrize("keep", ["fp8", "bf16", "recompute"])
+@pytest.mark.parametrize("recipe", ["blockwise", "hybrid"])
+def test_a_model_on_the_gpu_is_the_model_on_the_cpu(recipe: str, keep: str) -> None:
+    """The whole fused step, in float32 outside the GEMMs' bfloat16: loss and gradients near the CPU's."""
+    results = []
+    for device in ("cpu", "cuda"):
+        model = CausalLM(dataclasses.replace(preset("tiny", 512), num_hidden_layers=2), torch.bfloat16)
+        model.init_weights(3)
+        convert(model, recipe_named(recipe), mlp_activations=keep)
+        model.to(device)
+        refresh_weights(model)
+        ids = torch.randint(0, 512, (2, 100), generator=torch.Generator().manual_seed(1)).to(device)
+        logits = model(ids, torch.arange(100, device=device).expand(2, -1), causal_attention)
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
+        loss.backward()
+        results.append((loss.item(), {name: p.grad.cpu() for name, p in model.named_parameters()}))
+    assert results[0][0] == pytest.approx(results[1][0], rel=2e-3)
+    for name, gradient in results[0][1].items():
+        error = (results[1][1][name] - gradient).norm() / gradient.norm()
+        assert error < 0.08, (name, error)
+
+
+def test_norm_weight_dtype_does_not_matter() -> None:
+    x = values(64, 256)[:, :256].cuda()
+    weight = torch.randn(256, device="cuda")
+    got = norm_quantize(x, weight, 1e-6, False)
+    assert_same(got[:2], encode_rows(rms_norm(x, weight, 1e-6), False)[:2], share=2e-3)
