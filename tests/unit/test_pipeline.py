@@ -1,0 +1,143 @@
+"""`infir2 pipeline`: places, fingerprints, skipping, going on; with real commands as stages."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from infir2.cli import main
+from infir2.config import load
+from infir2.errors import ConfigError
+from infir2.stages.pipeline_plan import PipelineConfig, Plan, make_plan
+
+CHAIN = """
+run = "chain"
+[vars]
+count = 12
+[[stage]]
+name = "easy"
+command = "examples {out}.jsonl --form prompts --stage 1 --count {count}"
+[[stage]]
+name = "shards"
+command = "prepare {easy}.jsonl --out {out} --text-key prompt --validation-fraction 0.2 --vocab-size 300"
+[[stage]]
+name = "other"
+command = "examples {out}.jsonl --stage 2 --count 5"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chain.toml").write_text(CHAIN)
+    return tmp_path
+
+
+def plan(text: str, folder: Path, *overrides: str) -> Plan:
+    (folder / "chain.toml").write_text(text)
+    return make_plan(load(PipelineConfig, folder / "chain.toml", overrides), "chain.toml")
+
+
+def finished(folder: Path) -> dict[str, str]:
+    state = json.loads((folder / "chain/pipeline.json").read_text())
+    return {name: facts["finished"] for name, facts in state.items() if "finished" in facts}
+
+
+def test_places_are_filled_in(folder: Path) -> None:
+    easy, shards, _ = plan(CHAIN, folder).steps
+    assert easy.words == ("examples", "chain/easy.jsonl", "--form", "prompts", "--stage", "1", "--count", "12")
+    assert shards.words[:4] == ("prepare", "chain/easy.jsonl", "--out", "chain/shards")
+    assert plan(CHAIN, folder, "--vars.count", "9").steps[0].words[-1] == "9"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "{easy}.jsonl --out",
+            "{esay}.jsonl --out",
+            r"stage 'shards': \{esay\} is no earlier stage.*Did you mean 'easy'",
+        ),
+        ('name = "shards"', 'name = "easy"', "stage 'easy': the name is taken"),
+        ('name = "shards"', 'name = "out"', "stage 'out': the name is taken"),
+        ('name = "shards"', 'name = "../x"', "stage.1.name"),
+        ("--count 5", "--count '5", "stage 'other': command: No closing quotation"),
+        ('command = "examples {out}.jsonl --stage 2 --count 5"', 'command = "demo"', "names no stage"),
+        ("[vars]", "[variables]", r"variables: unknown key. Did you mean 'vars'"),
+    ],
+)
+def test_mistakes_are_named(folder: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(CHAIN.replace(old, new), folder)
+
+
+def test_fingerprints_follow_what_a_stage_reads(folder: Path) -> None:
+    def fingerprints(text: str = CHAIN, *overrides: str) -> list[str]:
+        return [step.fingerprint for step in plan(text, folder, *overrides).steps]
+
+    before = fingerprints()
+    assert fingerprints() == before
+    more = fingerprints(CHAIN, "--vars.count", "13")
+    assert [a == b for a, b in zip(before, more)] == [False, False, True], "what reads a changed stage changes too"
+    with_file = CHAIN.replace("--stage 2", "--stage 2 --tokenizer notes.txt")
+    (folder / "notes.txt").write_text("one")
+    first = fingerprints(with_file)
+    (folder / "notes.txt").write_text("two and more")
+    assert [a == b for a, b in zip(first, fingerprints(with_file))] == [True, True, False]
+
+
+def test_a_chain_runs_once_and_only_what_changed_again(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["pipeline", "chain.toml"]) == 0
+    assert len((folder / "chain/easy.jsonl").read_text().splitlines()) == 12
+    first, times = finished(folder), (folder / "chain/easy.jsonl").stat().st_mtime_ns
+    assert main(["pipeline", "chain.toml"]) == 0
+    assert (folder / "chain/easy.jsonl").stat().st_mtime_ns == times
+    assert capfd.readouterr().out.count("is finished") == 3
+
+    other = (folder / "chain/other.jsonl").stat().st_mtime_ns
+    assert main(["pipeline", "chain.toml", "--vars.count", "15"]) == 0
+    assert len((folder / "chain/easy.jsonl").read_text().splitlines()) == 15
+    assert len((folder / "chain/old/easy.jsonl").read_text().splitlines()) == 12, "nothing is lost"
+    assert (folder / "chain/other.jsonl").stat().st_mtime_ns == other
+    assert finished(folder)["other"] == first["other"]
+    assert finished(folder)["shards"] != first["shards"]
+
+    (folder / "chain/other.jsonl").unlink()
+    assert main(["pipeline", "chain.toml", "--vars.count", "15"]) == 0
+    assert (folder / "chain/other.jsonl").exists(), "what was deleted is made again"
+
+
+def test_a_failing_stage_stops_the_chain(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "chain.toml").write_text(CHAIN.replace("--stage 2 --count 5", "--stage 7 --count 5"))
+    assert main(["pipeline", "chain.toml"]) == 2
+    assert "stage 'other' ended with exit code 2" in capfd.readouterr().err
+    assert set(finished(folder)) == {"easy", "shards"}
+
+
+def test_until_and_list(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["pipeline", "chain.toml", "--until", "easy"]) == 0
+    assert set(finished(folder)) == {"easy"}
+    assert main(["pipeline", "chain.toml", "--list"]) == 0
+    lines = [line.split()[1:3] for line in capfd.readouterr().out.splitlines() if "infir2" in line]
+    assert lines == [["easy", "done"], ["shards", "to"], ["other", "to"]]
+    assert main(["pipeline", "chain.toml", "--until", "nothing"]) == 2
+
+
+def test_killed_in_a_stage_the_chain_goes_on(folder: Path) -> None:
+    (folder / "chain.toml").write_text(CHAIN.replace("{count}", "4000"))
+    process = subprocess.Popen([sys.executable, "-m", "infir2", "pipeline", "chain.toml"], start_new_session=True)
+    try:
+        while not (folder / "chain/pipeline.json").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not finished(folder)
+    assert main(["pipeline", "chain.toml", "--vars.count", "4000", "--until", "easy"]) == 0
+    assert len((folder / "chain/easy.jsonl").read_text().splitlines()) == 4000
