@@ -32,10 +32,18 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias, dtype=torch.float32)
+        self.cast: Tensor | None = None
+        """The weight in the compute dtype, where ``cast_weights`` has made it and it is still true."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return F.linear(x, self.weight_in(x.dtype), bias)
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """The weight in ``dtype``; the copy, where there is one and no gradient is to reach the weight."""
+        if self.cast is not None and self.cast.dtype == dtype and not torch.is_grad_enabled():
+            return self.cast
+        return self.weight.to(dtype)
 
 
 class RMSNorm(nn.Module):
@@ -160,7 +168,26 @@ class CausalLM(nn.Module):
         or one with the same signature.
         """
         hidden = self.model(input_ids, position_ids, attend)
-        return self.lm_head(hidden) if head is None else head(hidden, self.lm_head.weight)
+        if head is None:
+            return self.lm_head(hidden)
+        return head(hidden, self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight_in(hidden.dtype))
+
+    @torch.no_grad()
+    def cast_weights(self) -> None:
+        """Keep the weights that are multiplied in the compute dtype as copies in it, for generating: a pass over few
+        tokens would else spend its time on casting float32 masters. To be called again when weights have changed;
+        earlier copies are overwritten in place. Without float32 masters it does nothing."""
+        for module in self.modules():
+            if type(module) is Linear and module.weight.dtype != self.model.compute_dtype:
+                if module.cast is None:
+                    module.cast = torch.empty_like(module.weight, dtype=self.model.compute_dtype)
+                module.cast.copy_(module.weight)
+
+    def drop_casts(self) -> None:
+        """Forget the copies: their memory is free, and nobody can meet an old weight."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.cast = None
 
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """(name, whole float32 tensor on the CPU) of every parameter, tied ones once.

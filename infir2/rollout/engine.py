@@ -204,6 +204,8 @@ class Engine:
         if version <= self._version:
             raise ValueError(f"weight version {version} does not follow {self._version}")
         self._next_version = version
+        self.model.drop_casts()
+        self._decoder.forget()
 
     @torch.no_grad()
     def update(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -228,6 +230,8 @@ class Engine:
         if self._next_version is None:
             raise RuntimeError("end_update without begin_update")
         self._version, self._next_version = self._next_version, None
+        if self._runner.caches:
+            self.model.cast_weights()
         self.flush_cache()
 
     def sleep(self) -> None:

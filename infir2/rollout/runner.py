@@ -52,8 +52,9 @@ class Runner:
         return sum(cache.num_bytes for cache in self.caches)
 
     def make_cache(self) -> None:
-        """Allocate the cache, if there is none."""
+        """Allocate the cache, if there is none, and cast the weights that passes will multiply."""
         config = self.model.config
+        self.model.cast_weights()
         if not self.caches:
             self.caches = [
                 empty_cache(
@@ -68,8 +69,9 @@ class Runner:
             ]
 
     def free_cache(self) -> None:
-        """Give the cache's memory back, to the device where it came from one."""
+        """Give the memory of the cache and of cast weights back, to the device where it came from one."""
         self.caches = []
+        self.model.drop_casts()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from infir2.model.attention import causal_attention
 from infir2.model.config import Llama3RopeScaling, ModelConfig
+from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM, Linear
 
 SHAPE = {
@@ -221,3 +222,25 @@ def test_compiled_layers_share_one_graph():
     actual = model(*inputs(), causal_attention)
     assert counter.frame_count == 1
     torch.testing.assert_close(actual, expected)
+
+
+def test_cast_weights_are_used_without_gradients_only() -> None:
+    model = CausalLM(preset("tiny", 256), torch.bfloat16)
+    model.init_weights(0)
+    ids, positions = torch.arange(12)[None], torch.arange(12)[None]
+    with torch.no_grad():
+        expected = model(ids, positions, causal_attention)
+    model.cast_weights()
+    copy = model.lm_head.cast if model.lm_head.cast is not None else model.model.layers[0].mlp.up_proj.cast
+    assert copy is not None
+    assert copy.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(model(ids, positions, causal_attention), expected)
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+        assert torch.equal(model(ids, positions, causal_attention), expected), "the copy is what is multiplied"
+        model.cast_weights()
+        assert not torch.equal(model(ids, positions, causal_attention), expected)
+    model(ids, positions, causal_attention).sum().backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+    model.drop_casts()
+    assert all(getattr(module, "cast", None) is None for module in model.modules())
