@@ -1,6 +1,7 @@
-"""Measure FP8 against BF16 side by side, in one process: `infir2 bench {step,gemm,quantize}`.
+"""Measure FP8 against BF16 side by side, in one process: `infir2 bench {step,decode,gemm,quantize}`.
 
 step      forward, forward + backward and optimiser of a whole model with random weights, in each precision
+decode    the rollout engine: prompts read and tokens made a second
 gemm      the three GEMMs of every linear shape of a model
 quantize  the quantiser's kernels: bytes read and written over time
 
@@ -17,10 +18,12 @@ PRECISIONS = ("bf16", "blockwise", "hybrid", "rowwise", "tensorwise")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["step", "gemm", "quantize"])
+    parser.add_argument("what", choices=["step", "decode", "gemm", "quantize"])
     parser.add_argument("--model", default="qwen2.5-1.5b", help="preset whose shapes are used (qwen2.5-1.5b)")
     parser.add_argument("--batch", type=int, default=2, help="sequences (2)")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence (8192)")
+    parser.add_argument("--new", type=int, default=1024, help="decode: tokens made after a prompt of --length (1024)")
+    parser.add_argument("--cache", choices=["auto", "fp8"], default="auto", help="decode: dtype of keys and values")
     parser.add_argument("--layers", type=int, default=0, help="decoder layers (0 = the model's)")
     parser.add_argument(
         "--precisions",
@@ -44,14 +47,11 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from infir2.stages import bench_kernels, bench_step
+    from infir2.stages import bench_decode, bench_kernels, bench_step
     from infir2.stages.environment import environment
 
-    rows: list[dict[str, Any]]
-    if args.what == "step":
-        rows = bench_step.run(args)
-    else:
-        rows = bench_kernels.gemm(args) if args.what == "gemm" else bench_kernels.quantize(args)
+    benches = {"step": bench_step.run, "decode": bench_decode.run}
+    rows = (benches | {"gemm": bench_kernels.gemm, "quantize": bench_kernels.quantize})[args.what](args)
     for title, keys in _tables(rows):
         table = Table(title=title or f"bench {args.what}: {args.model}, {args.batch} x {args.length}")
         for key in keys:

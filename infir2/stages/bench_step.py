@@ -49,10 +49,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with world() as here:
         for name in args.precisions:
-            with _fresh_memory(here.device):
+            with fresh_memory(here.device):
                 rows.append(_measure(f"infir2 {name}", _ours(config, name, here, args), config, here, args))
         for name in args.peers:
-            with _fresh_memory(here.device):
+            with fresh_memory(here.device):
                 recipe = name.partition(":")[2]
                 peer = _ours(config, "bf16", here, args, recipe) if recipe else _transformers(config, here, args)
                 rows.append(_measure(name, peer, config, here, args))
@@ -80,7 +80,7 @@ def _ours(
         compile_layers=not args.no_compile,
     )
     model.to_empty(device=here.device)
-    _randomise(model)
+    randomise(model)
     refresh_weights(model)
 
     def forward(ids: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def _profile(step: Callable[[], None]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _randomise(model: nn.Module) -> None:
+def randomise(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.fill_(1.0)
@@ -204,7 +204,7 @@ def _randomise(model: nn.Module) -> None:
 
 
 @contextmanager
-def _fresh_memory(device: torch.device) -> Iterator[None]:
+def fresh_memory(device: torch.device) -> Iterator[None]:
     yield
     gc.collect()
     if device.type == "cuda":

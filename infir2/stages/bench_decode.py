@@ -1,0 +1,102 @@
+"""`infir2 bench decode`: how fast the rollout engine reads prompts and makes tokens, with random weights."""
+
+import argparse
+import time
+from typing import Any, cast
+
+import torch
+
+from infir2.errors import UserError
+from infir2.fp8.convert import convert, refresh_weights
+from infir2.fp8.linear import Fp8Linear
+from infir2.fp8.recipe import recipe_named
+from infir2.model.presets import preset
+from infir2.model.transformer import CausalLM
+from infir2.rollout.engine import Engine
+from infir2.rollout.options import EngineOptions
+from infir2.rollout.records import Request, SamplingParams
+from infir2.stages.bench_step import fresh_memory, randomise
+
+WARM_UP = 24  # new tokens of a first, untimed generation: kernels are compiled and graphs recorded
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a precision; ``--batch`` sequences of ``--length`` prompt tokens, ``--new`` tokens each."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for name in args.precisions:
+        with fresh_memory(device):
+            rows.append(_measure(name, device, args))
+    return rows
+
+
+def _measure(name: str, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+    model = _model(name, device, args)
+    tokens = args.batch * (args.length + args.new + 64)
+    options = EngineOptions(
+        cache_tokens=-(-tokens // 16) * 16,
+        max_sequences=args.batch,
+        max_batch_tokens=max(16_384, args.batch),
+        max_length=args.length + args.new,
+        prefix_cache=False,
+        cache_dtype=args.cache,
+    )
+    engine = Engine(model, options=options)
+    engine.generate(_requests(args, model.config.vocab_size, min(WARM_UP, args.new)))
+    before, began, filled = engine.stats(), time.perf_counter(), [0.0, 0.0]
+
+    def watch(finished: int, total: int) -> None:
+        now = engine.stats()
+        if not filled[0] and now.computed_tokens - before.computed_tokens >= args.batch * args.length:
+            filled[:] = time.perf_counter() - began, now.generated_tokens - before.generated_tokens
+
+    engine.generate(_requests(args, model.config.vocab_size, args.new), watch)
+    seconds, made = time.perf_counter() - began, engine.stats().generated_tokens - before.generated_tokens
+    decoding, decoded = seconds - filled[0], made - filled[1]
+    step_s = decoding / (decoded / args.batch)
+    moved = _weight_bytes(model) + _cache_bytes_a_token(engine) * args.batch * (args.length + args.new / 2)
+    return {
+        "what": f"infir2 {name}",
+        "prefill tokens/s": args.batch * args.length / filled[0],
+        "decode tokens/s": decoded / decoding,
+        "step ms": step_s * 1e3,
+        "read GB/s": moved / step_s / 1e9,
+        "new tokens/s over all": made / seconds,
+        "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+    }
+
+
+def _model(name: str, device: torch.device, args: argparse.Namespace) -> CausalLM:
+    if "/" in name:
+        raise UserError(f"--precisions {name}: generating keeps nothing for a backward pass; give {name.split('/')[0]}")
+    with torch.device("meta"):
+        model = CausalLM(preset(args.model))
+    model.to(torch.bfloat16)
+    convert(model, recipe_named(name))
+    model.to_empty(device=device)
+    randomise(model)
+    refresh_weights(model)
+    return model.eval()
+
+
+def _requests(args: argparse.Namespace, vocabulary: int, new: int) -> list[Request]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, vocabulary, (args.batch, args.length), generator=generator).tolist()
+    return [
+        Request(tuple(row), SamplingParams(max_new_tokens=new, seed=i, ignore_eos=True)) for i, row in enumerate(ids)
+    ]
+
+
+def _weight_bytes(model: CausalLM) -> int:
+    """What a pass over few tokens reads: FP8 codes where a layer has them, the head, and no embedding."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight_operand().codes if isinstance(module, Fp8Linear) else module.weight
+            total += cast(torch.Tensor, weight).nbytes
+    return total
+
+
+def _cache_bytes_a_token(engine: Engine) -> float:
+    stats = engine.stats()
+    return stats.cache_bytes / (stats.num_blocks + 1) / engine.options.block_size
