@@ -7,13 +7,16 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# evalscope pins old versions of what training uses new ones of: it gets an environment of its own.
+EVAL := .venv-eval
+EVAL_STAMP := $(EVAL)/.installed
 
-.PHONY: demo test test-fast test-gpu check format clean
+.PHONY: demo test test-fast test-gpu check format clean eval-environment
 
 demo: $(STAMP)
 	$(BIN)/infir2 demo
 
-test: $(STAMP) check
+test: $(STAMP) $(EVAL_STAMP) check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu" -n 2 --dist loadfile
 
 test-fast: $(STAMP)
@@ -40,5 +43,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
+eval-environment: $(EVAL_STAMP)
+
+$(EVAL_STAMP): constraints-eval.txt
+	$(PYTHON) -m venv $(EVAL)
+	$(EVAL)/bin/python -m pip install --quiet -c constraints-eval.txt evalscope
+	touch $(EVAL_STAMP)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(EVAL) .pytest_cache .ruff_cache .mypy_cache

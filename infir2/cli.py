@@ -24,10 +24,14 @@ COMMANDS = {
     "examples": "write worked examples: generated questions with verified step-by-step solutions",
     "cpt": "continual pre-training from a recipe file",
     "sft": "supervised fine-tuning on conversations, from a recipe file",
+    "rl": "reinforcement learning on prompts with checkable answers, from a recipe file",
     "compare": "train FP8 and BF16 pairs over several seeds and give the difference with its interval",
     "bench": "measure FP8 against BF16 side by side",
     "report": "write one HTML page about one or several runs",
     "demo": "the whole job on this machine, in minutes",
+    "pipeline": "run a chain of these commands from one file, each fed by those before it",
+    "serve": "serve a model over HTTP as OpenAI's API does",
+    "eval": "score a model on benchmarks and local tasks, or compare two problem by problem",
     "convert": "turn checkpoints, Hugging Face folders and FP8 folders into each other",
 }
 

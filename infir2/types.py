@@ -1,6 +1,7 @@
 """Records that cross a boundary between floors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -29,10 +30,14 @@ class Batch:
         """Positions that count in the loss."""
         return int((self.labels != IGNORE).sum())
 
-    def to(self, device: torch.device | str) -> "Batch":
-        def move(t: Tensor) -> Tensor:
-            return t.to(device, non_blocking=True)
+    @property
+    def attended(self) -> int:
+        """Pairs (token, token it attends to) in causal attention inside the documents: the sum of n(n + 1)/2."""
+        lengths = self.cu_seqlens.diff().long()
+        return int((lengths * (lengths + 1) // 2).sum())
 
-        return Batch(
-            move(self.input_ids), move(self.labels), move(self.position_ids), move(self.cu_seqlens), self.max_seqlen
-        )
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch, of the same class, with every tensor on the device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: dict[str, Any] = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infir2.checkpoint import manifest
 from infir2.checkpoint.export_fp8 import Fp8Export
 from infir2.checkpoint.huggingface import (
     DTYPES,
@@ -24,6 +23,7 @@ from infir2.checkpoint.huggingface import (
 from infir2.checkpoint.model_source import TOKENIZER, ModelSource
 from infir2.checkpoint.safetensors_writer import TensorSpec
 from infir2.checkpoint.store import CheckpointStore, reason
+from infir2.durable import write_file
 from infir2.errors import CheckpointError
 
 Report = Callable[[int, int], None]
@@ -97,7 +97,7 @@ def to_checkpoint(
         if source.tokenizer is not None or source.texts:
             carried.mkdir()
             for file, text in source.texts.items():
-                manifest.write_file(carried / file, text.encode())
+                write_file(carried / file, text.encode())
         if source.tokenizer is not None:
             copy_tokenizer(source.tokenizer, carried)
         facts = {

@@ -20,13 +20,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from infir2.checkpoint import manifest
 from infir2.checkpoint.safetensors_writer import INDEX, WEIGHTS, TensorSpec, write_gathered, write_planned
 from infir2.checkpoint.state import model_state
+from infir2.data.tokenizer import TOKENIZER_FILES
+from infir2.durable import write_file
 from infir2.errors import CheckpointError
 
 CONFIG = "config.json"
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
-)
 MAX_SHARD_BYTES = 5_000_000_000
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """safetensors' names of the dtypes that plain weights have."""
@@ -180,7 +178,7 @@ def write_folder(
         for name, text in {**texts, **(extra_files or {})}.items():
             if Path(name).name != name:
                 raise CheckpointError(f"{out}: {name!r} is not a plain file name")
-            manifest.write_file(temporary / name, text.encode())
+            write_file(temporary / name, text.encode())
         if tokenizer is not None:
             copy_tokenizer(tokenizer, temporary)
         if specs is None:
@@ -230,7 +228,7 @@ def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
         raise CheckpointError(f"{tokenizer}: no tokenizer files in it")
     for path in found:
         if not (folder / path.name).exists():
-            manifest.write_file(folder / path.name, path.read_bytes())
+            write_file(folder / path.name, path.read_bytes())
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

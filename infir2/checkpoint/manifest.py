@@ -14,6 +14,7 @@ import uuid
 from pathlib import Path
 from typing import NamedTuple
 
+from infir2.durable import sync_folder
 from infir2.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
@@ -91,23 +92,6 @@ def problem_with(folder: Path, name: str, entry: Entry) -> str | None:
     except OSError as error:
         return f"{path}: cannot be read: {error.strerror}"
     return None
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a new file and fsync it."""
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def publish(temporary: Path, final: Path) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infir2.checkpoint import manifest
+from infir2.durable import write_file
 from infir2.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -68,7 +68,7 @@ class SafetensorsFile:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._place = {name: 8 + len(text) + place for name, place in places.items()}
-        manifest.write_file(path, len(text).to_bytes(8, "little") + text)
+        write_file(path, len(text).to_bytes(8, "little") + text)
         os.truncate(path, 8 + len(text) + end)
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -164,7 +164,7 @@ def _name_files(folder: Path, files: list[SafetensorsFile]) -> None:
         weight_map.update(dict.fromkeys(file.specs, name))
     total = sum(spec.nbytes for file in files for spec in file.specs.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    manifest.write_file(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    write_file(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
 
 def _part(number: int) -> str:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from infir2.checkpoint import manifest, safe_reader
 from infir2.checkpoint.ranks import Ranks
 from infir2.checkpoint.state import cpu_copy, flatten
+from infir2.durable import write_file
 from infir2.errors import CheckpointError
 
 META = "meta.json"
@@ -50,9 +51,14 @@ class CheckpointStore:
         self._ranks = Ranks()
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
+        self._on_disk: list[int] = []
         self._damaged: set[Path] = set()
         self._verified: dict[Path, object] = {}
         self._clean = False
+
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.root / f"step-{step:06d}"
 
     def save(self, step: int, tensors: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Save a (nested) state dict of tensors and DTensors, and ``meta`` (JSON), as checkpoint ``step``.
@@ -61,7 +67,7 @@ class CheckpointStore:
         then raised by the next ``poll``, ``wait``, ``save`` or ``close``. A step that is already there and intact is
         not written again; a damaged one is replaced. Raises CheckpointError; earlier checkpoints stay as they are.
         """
-        self.wait()
+        self._settle()
         flat = flatten(tensors)
         text = json.dumps({"step": step, **meta}, indent=1)
         if not self.async_save:
@@ -80,21 +86,30 @@ class CheckpointStore:
         """
         self._write(step, flatten(shapes), json.dumps({"step": step, **meta}, indent=1), read)
 
-    def poll(self) -> None:
-        """Raise CheckpointError if a background save has failed; returns at once. Called at every training step."""
-        if self._thread is not None and not self._thread.is_alive():
-            self.wait()
+    def poll(self) -> list[int]:
+        """The steps whose checkpoints have come onto the disk since this or ``wait`` was last asked; returns at once.
 
-    def wait(self) -> None:
-        """Return when the background save is on disk. Raises CheckpointError if it failed."""
+        Raises CheckpointError if a background save has failed. Called between the micro-batches of training.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            return []
+        return self.wait()
+
+    def wait(self) -> list[int]:
+        """``poll`` after the background save has ended."""
+        self._settle()
+        steps, self._on_disk = self._on_disk, []
+        return steps
+
+    def _settle(self) -> None:
         self._join()
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
 
     def close(self) -> None:
-        """``wait``, under the name that an owner calls at the end."""
-        self.wait()
+        """Return when the background save is on disk. Raises CheckpointError if it failed."""
+        self._settle()
 
     def __enter__(self) -> "CheckpointStore":
         return self
@@ -172,7 +187,7 @@ class CheckpointStore:
     def _write(
         self, step: int, tensors: dict[str, Tensor], meta: str, read: Callable[[str], Tensor] | None = None
     ) -> None:
-        final = self.root / f"step-{step:06d}"
+        final = self.folder(step)
         temporary = self.root / f"{manifest.TEMPORARY}{final.name}"
         try:
             if self._ranks.lead(final.exists) and not self._problems_of(final):
@@ -194,7 +209,7 @@ class CheckpointStore:
                 process_group=self._ranks.group,
                 no_dist=self._ranks.alone,
             )
-            self._ranks.lead(lambda: manifest.write_file(temporary / META, meta.encode()))
+            self._ranks.lead(lambda: write_file(temporary / META, meta.encode()))
             names = self._ranks.lead(lambda: sorted(path.name for path in temporary.iterdir()))
             measured = self._ranks.each(
                 lambda: {name: manifest.measure(temporary / name, sync=True) for name in self._ranks.share(names)}
@@ -208,12 +223,13 @@ class CheckpointStore:
             raise CheckpointError(
                 f"{self.root}: step {step} could not be saved: {why}. Earlier checkpoints are untouched."
             ) from error
+        self._on_disk.append(step)
         self._ranks.lead(lambda: self._retire(final))
 
     def _commit(self, temporary: Path, final: Path, entries: dict[str, manifest.Entry]) -> None:
         # What could not be read back must fail now, while the previous checkpoint is at hand.
         safe_reader.read_metadata(temporary, {name: entry.size for name, entry in entries.items()})
-        manifest.write_file(temporary / manifest.MANIFEST, manifest.encode(entries))
+        write_file(temporary / manifest.MANIFEST, manifest.encode(entries))
         if final.exists():
             manifest.to_trash(final)
         manifest.publish(temporary, final)
@@ -248,7 +264,10 @@ class CheckpointStore:
             if self._ranks.rank == 0:
                 warnings.warn(f"damaged checkpoint passed over: {problems[0]}", stacklevel=3)
         if steps:
-            raise CheckpointError(f"{folder}: none of {len(steps)} checkpoints is intact: {self.problems[0]}")
+            raise CheckpointError(
+                f"{folder}: none of {len(steps)} checkpoints is intact: {self.problems[0]}. Put a good copy there, or "
+                "move the damaged ones away to begin anew"
+            )
         return None
 
     def _require_intact(self, path: Path) -> None:
@@ -302,6 +321,17 @@ def peek_meta(text: str | Path) -> dict[str, Any] | None:
     return None
 
 
+def read_meta(path: Path) -> dict[str, Any]:
+    """``meta`` of one checkpoint folder that has been verified. Raises CheckpointError where it is no JSON object."""
+    try:
+        meta = json.loads((path / META).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / META}: cannot be read as JSON: {error}") from None
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{path / META}: not a JSON object")
+    return meta
+
+
 def _make_empty(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
@@ -341,13 +371,7 @@ def _read_index_and_meta(
     entries = manifest.read(path)
     index = safe_reader.read_metadata(path, {name: entry.size for name, entry in entries.items()})
     _account_for_keys(path, flat, index, ignore)
-    try:
-        meta = json.loads((path / META).read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path / META}: not JSON: {error}") from None
-    if not isinstance(meta, dict):
-        raise CheckpointError(f"{path / META}: not a JSON object")
-    return index, meta
+    return index, read_meta(path)
 
 
 def _account_for_keys(path: Path, flat: Mapping[str, Tensor], index: Metadata, ignore: Collection[str]) -> None:

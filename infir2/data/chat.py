@@ -95,6 +95,25 @@ class ChatTokenizer:
             for encoding, text in zip(encodings, texts)
         ]
 
+    def prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
+        """Token ids of the conversation with an assistant turn opened: what a model is asked to continue.
+
+        Raises BadRow (bad_template) where the template refuses the messages.
+        """
+        text, _ = self._render(messages, tools, add_generation_prompt=True)
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def end_of_turn(self) -> int | None:
+        """Id of the special token with which the template ends an assistant turn; None where it has none."""
+        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        try:
+            text, start, end = self._turn(turn, None)
+        except BadRow:
+            return None
+        ids = self._backend.encode(text[start:end], add_special_tokens=False).ids
+        last = self._backend.id_to_token(ids[-1]) if ids else None
+        return ids[-1] if last and self._special and self._special.fullmatch(last) else None
+
     def _turn(self, messages: Sequence[Message], tools: Any) -> tuple[str, int, int]:
         """The text up to and with the last message, an assistant's, and the range of that message's turn in it."""
         text, marked = self._render(messages, tools)

@@ -7,7 +7,7 @@ A row is {"messages": [{"role": ..., "content": ...}, ...]}, with "tools" if it 
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,19 +36,20 @@ class Row(NamedTuple):
 
     path: Path
     line: int
-    parse: Callable[[], Conversation]
+    parse: Callable[[], Any]
     passed: float
     """Share of the source that has been read, 0 to 1."""
 
 
-class ConversationSource:
-    """What a recipe names under data.train or data.validation.
+class RowSource:
+    """What a recipe names under data.train or data.validation; ``parse`` makes of a row what is wanted, or raises
+    BadRow.
 
     Raises DataError where there is neither such a file or folder nor such a data set.
     """
 
-    def __init__(self, name: str, key: str = "data.train") -> None:
-        self.name = name
+    def __init__(self, name: str, key: str, parse: Callable[[dict[str, Any]], Any]) -> None:
+        self.name, self._parse_row = name, parse
         self._files: list[RawFile] = []
         self._table: Any = None
         if os.path.exists(name):
@@ -70,17 +71,25 @@ class ConversationSource:
         if self._table is not None:
             rows = len(self._table)
             for index, row in enumerate(self._table):
-                yield Row(Path(self.name), index + 1, partial(conversation_of, row), (index + 1) / rows)
+                yield Row(Path(self.name), index + 1, partial(self._parse_row, row), (index + 1) / rows)
             return
         total = max(1, sum(file.size for file in self._files))
         done = 0
         for file in self._files:
+            read = _parquet if file.format == ".parquet" else _jsonl
             try:
-                for line, parse, passed in (_parquet if file.format == ".parquet" else _jsonl)(file):
+                for line, parse, passed in read(file, self._parse_row):
                     yield Row(file.path, line, parse, min(1.0, (done + passed) / total))
             except (OSError, EOFError) as error:
                 raise DataError(f"{printable(file.path)}: cannot be read: {error}") from None
             done += file.size
+
+
+class ConversationSource(RowSource):
+    """Rows that hold conversations."""
+
+    def __init__(self, name: str, key: str = "data.train") -> None:
+        super().__init__(name, key, conversation_of)
 
 
 def conversation_of(row: dict[str, Any]) -> Conversation:
@@ -90,10 +99,15 @@ def conversation_of(row: dict[str, Any]) -> Conversation:
         messages = [*_as_messages(row["prompt"], "user"), *_as_messages(row["completion"], "assistant")]
     if not isinstance(messages, list) or not messages:
         raise BadRow("no_messages")
-    checked = [_checked(message, number) for number, message in enumerate(messages, 1)]
+    checked = checked_messages(messages)
     if not any(message["role"] == "assistant" for message in checked):
         raise BadRow("no_assistant")
     return Conversation(checked, _tools(row.get("tools")))
+
+
+def checked_messages(messages: Sequence[Any]) -> list[Message]:
+    """Messages whose contents are strings and whose roles are known. Raises BadRow, naming the message's number."""
+    return [_checked(message, number) for number, message in enumerate(messages, 1)]
 
 
 def _as_messages(value: Any, role: str) -> Any:
@@ -162,11 +176,14 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
     return value
 
 
-def _jsonl(file: RawFile) -> Iterator[tuple[int, Callable[[], Conversation], int]]:
-    return json_lines(file, MAX_ROW_BYTES, lambda line: conversation_of(object_of_json(line)))
+_ParseRow = Callable[[dict[str, Any]], Any]
 
 
-def _parquet(file: RawFile) -> Iterator[tuple[int, Callable[[], Conversation], int]]:
+def _jsonl(file: RawFile, parse: _ParseRow) -> Iterator[tuple[int, Callable[[], Any], int]]:
+    return json_lines(file, MAX_ROW_BYTES, lambda line: parse(object_of_json(line)))
+
+
+def _parquet(file: RawFile, parse: _ParseRow) -> Iterator[tuple[int, Callable[[], Any], int]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -176,7 +193,7 @@ def _parquet(file: RawFile) -> Iterator[tuple[int, Callable[[], Conversation], i
         for batch in table.iter_batches(batch_size=64):
             for row in batch.to_pylist():
                 number += 1
-                yield number, partial(conversation_of, row), file.size * number // rows
+                yield number, partial(parse, row), file.size * number // rows
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{printable(file.path)}: damaged or not parquet: {str(error).splitlines()[0]}") from None
 

@@ -5,8 +5,8 @@ OUT/dataset.json  OUT/tokenizer/  OUT/train-00000.bin  OUT/train-00000.idx  ... 
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,8 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from infir2.data.megatron import TokenFile, TokenWriter, fsync_folder, token_dtype, with_ending
+from infir2.data.megatron import TokenFile, TokenWriter, token_dtype, with_ending
+from infir2.durable import replace_file
 from infir2.errors import DataError
 
 Split = Literal["train", "validation"]
@@ -40,6 +41,37 @@ class Shard(_Record):
     bin_sha256: str
     idx_bytes: int
     idx_sha256: str
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One file of a prepared folder, as ``dataset.json`` says it was written."""
+
+    path: Path
+    size: int
+    """Bytes."""
+    sha256: str
+
+    def check_size(self) -> None:
+        """Raises DataError where the file is missing, truncated or too long."""
+        try:
+            actual = self.path.stat().st_size
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+        if actual != self.size:
+            what = "truncated" if actual < self.size else "too long"
+            raise DataError(
+                f"{self.path}: {what}: {actual} bytes, {RECORD} says {self.size}. Copy or prepare it again."
+            )
+
+    def check_hash(self, progress: Callable[[int], object] | None = None) -> None:
+        """Raises DataError where a byte differs; ``progress`` hears the bytes of each piece that was read."""
+        try:
+            actual = hash_file(self.path, progress)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+        if actual != self.sha256:
+            raise DataError(f"{self.path}: damaged: its sha256 differs from {RECORD}'s. Copy or prepare it again.")
 
 
 class SourceCount(_Record):
@@ -122,11 +154,7 @@ def write_record(folder: Path, record: DatasetRecord) -> None:
     """Write ``dataset.json`` with its own hash inside, durably."""
     content = record.model_dump(mode="json")
     text = json.dumps({**content, "sha256": _hash_of(content)}, indent=1) + "\n"
-    with open(folder / RECORD, "wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    fsync_folder(folder)
+    replace_file(folder / RECORD, text.encode())
 
 
 def read_record(folder: Path) -> DatasetRecord:
@@ -158,9 +186,19 @@ class Dataset:
     ) -> None:
         self.folder = Path(folder)
         self.record = read_record(self.folder)
-        for split in SPLITS:
-            for shard in self.record.splits.get(split, []):
-                _check_shard(self.folder, shard, verify, progress)
+        for file in self.shard_files():
+            file.check_size()
+            if verify:
+                file.check_hash(progress)
+
+    def shard_files(self) -> list[ShardFile]:
+        """The .bin and .idx of every shard."""
+        found = []
+        for shard in (shard for split in SPLITS for shard in self.record.splits.get(split, [])):
+            prefix = self.folder / shard.name
+            found.append(ShardFile(with_ending(prefix, ".bin"), shard.bin_bytes, shard.bin_sha256))
+            found.append(ShardFile(with_ending(prefix, ".idx"), shard.idx_bytes, shard.idx_sha256))
+        return found
 
     @property
     def tokenizer_path(self) -> Path:
@@ -187,23 +225,6 @@ class Dataset:
                     raise DataError(f"{file.idx_path}: does not describe the shard that {RECORD} lists")
                 opened.append((shard, file))
         return opened
-
-
-def _check_shard(folder: Path, shard: Shard, verify: bool, progress: Callable[[int], object] | None) -> None:
-    for ending, size, digest in (
-        (".bin", shard.bin_bytes, shard.bin_sha256),
-        (".idx", shard.idx_bytes, shard.idx_sha256),
-    ):
-        path = with_ending(folder / shard.name, ending)
-        try:
-            actual = path.stat().st_size
-            if actual != size:
-                what = "truncated" if actual < size else "too long"
-                raise DataError(f"{path}: {what}: {actual} bytes, {RECORD} says {size}. Copy or prepare it again.")
-            if verify and hash_file(path, progress) != digest:
-                raise DataError(f"{path}: damaged: its sha256 differs from {RECORD}'s. Copy or prepare it again.")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def hash_file(path: Path, progress: Callable[[int], object] | None = None) -> str:

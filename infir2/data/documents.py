@@ -31,6 +31,8 @@ REASONS = {
     "bad_message": "a message that cannot be used",
     "no_assistant": "no assistant message to learn from",
     "bad_template": "the chat template does not take it",
+    "no_prompt": "no prompt, neither text nor messages",
+    "bad_label": "no label that the reward can use",
 }
 MAX_DOC_BYTES = 8 << 20
 _LINE_FACTOR = 8  # a JSON line may hold escapes and other keys: read at most this many times max_doc_bytes of it
@@ -177,20 +179,24 @@ def find_files(
 
     ``extensions`` (such as ``.py``) are read like .txt; ``exclude`` are patterns for file or folder names inside the
     folders. Hidden names and links to folders are skipped. Raises DataError for an input that is missing, of an
-    unknown kind or without a readable file.
+    unknown kind, without a readable file, or with a file that another input has already given.
     """
     plain = {f".{ext.lstrip('.')}" for ext in extensions}
     found: list[RawFile] = []
+    first: dict[str, int] = {}  # real path -> the input that gave it
     for source, given in enumerate(inputs):
         path = Path(given)
-        if not path.exists():
-            raise DataError(f"{path}: no such file or folder")
+        if not str(given) or not path.exists():
+            raise DataError(f"{str(given) or repr(given)}: no such file or folder")
         names = [path] if path.is_file() else list(_walk(path, exclude))
         chosen = [(name, form) for name in names if (form := _format_of(name, plain))]
         if not chosen:
             known = ", ".join([*FORMATS, *sorted(plain)])
             what = "is not a kind of file that is read" if path.is_file() else "holds no file that is read"
             raise DataError(f"{path}: {what} ({known}); --extensions names more")
+        for name, _ in chosen if len(inputs) > 1 else []:
+            if (earlier := first.setdefault(os.path.realpath(name), source)) != source:
+                raise DataError(f"{printable(name)}: named twice: by {inputs[earlier]} and {path}")
         found.extend(RawFile(name, source, form, name.stat().st_size) for name, form in chosen)
     return found
 

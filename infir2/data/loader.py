@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from infir2.data.dataset import Split
+from infir2.data.dataset import ShardFile, Split
 from infir2.data.order import EpochOrder, Mixture, apportion
 from infir2.data.packing import Window, pack, without_labels
 from infir2.data.source import Source, open_source
@@ -25,9 +25,9 @@ _log = logging.getLogger(__name__)
 class TokenLoader:
     """Batches of a weighted mixture of sources.
 
-    ``sources`` maps a prepared folder or Megatron prefix to its weight. ``vocab_size`` is the model's, ``eos_id`` the
-    model tokenizer's: data made with another tokenizer are refused. Raises DataError for sources that cannot be read,
-    do not fit, or are too short, and for batch sizes that do not divide.
+    ``sources`` maps a prepared folder or Megatron prefix to its weight. ``vocab_size`` is the model's. Raises DataError
+    for sources that cannot be read, are too short, or were made with different tokenizers or with more ids than the
+    model has, and for batch sizes that do not divide.
     """
 
     def __init__(
@@ -42,7 +42,6 @@ class TokenLoader:
         split: Split = "train",
         document_attention: bool = True,
         validation_fraction: float = 0.05,
-        eos_id: int | None = None,
         vocab_size: int | None = None,
         prefetch: int = 2,
     ) -> None:
@@ -62,7 +61,8 @@ class TokenLoader:
         self._validation_fraction = validation_fraction
         self._sources = [open_source(name, validation_fraction) for name in sources]
         for source in self._sources:
-            _check_fit(source, eos_id, vocab_size)
+            _check_fit(source, vocab_size)
+        _check_all_differ(self._sources)
         _check_one_tokenizer(self._sources)
         self._vocab = [source.vocab_size or vocab_size for source in self._sources]
         self._mixture = Mixture(list(sources), list(sources.values()), seed)
@@ -138,6 +138,10 @@ class TokenLoader:
             batches.append(without_labels(batch, slice(len(mine), None)) if filler else batch)
         return batches
 
+    def shard_files(self) -> list[ShardFile]:
+        """What the records of the prepared sources say of their files."""
+        return [file for source in self._sources for file in source.files]
+
     def fingerprint(self) -> dict[str, Any]:
         """What determines the order, for a checkpoint: equal ``sha256`` = the same samples at every number.
 
@@ -201,18 +205,21 @@ class TokenLoader:
             ready.put(error)
 
 
-def _check_fit(source: Source, eos_id: int | None, vocab_size: int | None) -> None:
-    """Refuse data that were made with a tokenizer the model does not have."""
+def _check_fit(source: Source, vocab_size: int | None) -> None:
+    """Refuse data with more token ids than the model has."""
     if vocab_size and source.vocab_size and source.vocab_size > vocab_size:
         raise DataError(
             f"data.sources: {source.name}: made with a tokenizer of {source.vocab_size} tokens, but the model has "
             f"{vocab_size}. Prepare it with the model's tokenizer."
         )
-    if eos_id is not None and source.eos_id is not None and eos_id != source.eos_id:
-        raise DataError(
-            f"data.sources: {source.name}: its documents end with token {source.eos_id}, the model's tokenizer ends "
-            f"them with {eos_id}. Prepare it with the model's tokenizer."
-        )
+
+
+def _check_all_differ(sources: Sequence[Source]) -> None:
+    """Refuse the same tokens under two names: their weights would add up unnoticed."""
+    first: dict[str, str] = {}
+    for source in sources:
+        if (earlier := first.setdefault(source.content_hash, source.name)) != source.name:
+            raise DataError(f"data.sources: {source.name}: holds the same tokens as {earlier}. Name one of them.")
 
 
 def _check_one_tokenizer(sources: Sequence[Source]) -> None:

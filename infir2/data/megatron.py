@@ -20,6 +20,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from infir2.durable import replace_file
 from infir2.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -38,15 +39,6 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def with_ending(prefix: str | Path, ending: str) -> Path:
     """``prefix + ending``; a prefix may itself contain dots, so ``with_suffix`` would be wrong."""
     return Path(f"{prefix}{ending}")
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, not only the files' contents."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -105,17 +97,11 @@ class TokenWriter:
         header = HEADER.pack(MAGIC, 1, _CODES[self.dtype.name], n, n + 1)
         arrays = (lengths.astype("<i4"), pointers.astype("<i8"), np.arange(n + 1, dtype="<i8"))
         index = header + b"".join(part.tobytes() for part in arrays)
-        partial_index = with_ending(self.prefix, ".idx.partial")
-        with open(partial_index, "wb") as file:
-            file.write(index)
-            file.flush()
-            os.fsync(file.fileno())
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, with_ending(self.prefix, ".bin"))
-        os.replace(partial_index, with_ending(self.prefix, ".idx"))
-        fsync_folder(self.prefix.parent)
+        replace_file(with_ending(self.prefix, ".idx"), index)
         return WrittenPair(
             tokens=self.tokens,
             documents=n,
@@ -129,7 +115,6 @@ class TokenWriter:
         """Drop what was written."""
         self._file.close()
         self._temporary.unlink(missing_ok=True)
-        with_ending(self.prefix, ".idx.partial").unlink(missing_ok=True)
 
     def __enter__(self) -> "TokenWriter":
         return self

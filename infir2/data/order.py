@@ -18,7 +18,8 @@ from infir2.errors import DataError
 
 BLOCK = 1024
 """Samples over which the mixture's proportions are exact."""
-_MIXTURE, _EPOCH, _SHUFFLE, _ROWS, _HELD_OUT = 1, 2, 3, 4, 5  # keeps the random streams of different purposes apart
+# Keep the random streams of different purposes apart.
+_MIXTURE, _EPOCH, _SHUFFLE, _ROWS, _HELD_OUT, _PROMPTS = 1, 2, 3, 4, 5, 6
 
 
 def permutation(size: int, *key: int) -> NDArray[np.int64]:
@@ -35,6 +36,11 @@ def shuffled_documents(count: int, seed: int) -> NDArray[np.int64]:
 def shuffled_rows(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The order in which one epoch of fine-tuning visits its rows."""
     return permutation(count, seed, _ROWS, epoch)
+
+
+def shuffled_prompts(count: int, seed: int, stream: int, epoch: int) -> NDArray[np.int64]:
+    """The order in which one epoch of a stream of reinforcement learning visits its prompts."""
+    return permutation(count, seed, _PROMPTS, stream, epoch)
 
 
 def held_out_rows(count: int, seed: int, fraction: float) -> NDArray[np.int64]:

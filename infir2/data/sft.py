@@ -50,12 +50,6 @@ class TokenRows:
     def lengths(self) -> NDArray[np.int64]:
         return np.diff(self.offsets)
 
-    @property
-    def attention_span(self) -> float:
-        """Mean number of positions a token attends to."""
-        places = (self.lengths - 1).astype(np.float64)
-        return float((places * (places + 1) / 2).sum() / max(places.sum(), 1.0))
-
     def select(self, rows: Sequence[int] | NDArray[np.int64]) -> "TokenRows":
         """Some of the rows, copied."""
         return TokenRows.join([Sample(*self.row(int(index))) for index in rows])

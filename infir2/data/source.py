@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from infir2.data.dataset import RECORD, Dataset, Split
+from infir2.data.dataset import RECORD, Dataset, ShardFile, Split
 from infir2.data.megatron import TokenFile, with_ending
 from infir2.errors import DataError
 
@@ -69,10 +69,11 @@ class Source:
     streams: dict[Split, TokenStream]
     vocab_size: int | None
     """Ids are below this; None for a Megatron pair, which does not say."""
-    eos_id: int | None
     tokenizer_fingerprint: str | None
     content_hash: str
     """Changes when the tokens change."""
+    files: tuple[ShardFile, ...] = ()
+    """What the source's own record says of its files; nothing for a Megatron pair."""
 
 
 def open_source(name: str, validation_fraction: float) -> Source:
@@ -103,8 +104,8 @@ def _open_prepared(name: str, folder: Path) -> Source:
     for split, shards in record.splits.items():
         streams[split] = TokenStream([Segment(file, 0, file.num_tokens) for file in dataset.files(split)])
         digest.update("\n".join([split, *(f"{shard.bin_sha256} {shard.idx_sha256}" for shard in shards), ""]).encode())
-    fingerprint = record.tokenizer_fingerprint
-    return Source(name, streams, record.vocab_size, record.eos_id, fingerprint, digest.hexdigest())
+    fingerprint, files = record.tokenizer_fingerprint, tuple(dataset.shard_files())
+    return Source(name, streams, record.vocab_size, fingerprint, digest.hexdigest(), files)
 
 
 def _open_pair(name: str, prefix: Path, validation_fraction: float) -> Source:
@@ -115,7 +116,7 @@ def _open_pair(name: str, prefix: Path, validation_fraction: float) -> Source:
         "train": TokenStream([Segment(file, 0, cut)]),
         "validation": TokenStream([Segment(file, cut, file.num_tokens)]),
     }
-    return Source(name, streams, None, None, None, _pair_hash(file))
+    return Source(name, streams, None, None, _pair_hash(file))
 
 
 def _pair_hash(file: TokenFile) -> str:

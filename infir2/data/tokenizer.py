@@ -4,6 +4,7 @@ transformers is imported only where a tokenizer is loaded. Nothing is downloaded
 ever run.
 """
 
+import filecmp
 import hashlib
 import json
 import os
@@ -11,11 +12,12 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from infir2.durable import replace_file
 from infir2.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
 THINK_TOKENS = ("<think>", "</think>")
 """Ordinary added tokens: they survive ``skip_special_tokens``, because rewards read the text between them."""
 MIN_VOCAB = 256 + len(SPECIAL_TOKENS) + len(THINK_TOKENS)
+MAX_VOCAB = 10_000_000
+"""Of a trained tokenizer; the trainer asks for memory by the size that is wanted, and aborts where there is none."""
 
 CHAT_TEMPLATE = (Path(__file__).parent / "chatml.jinja").read_text(encoding="utf-8")
 """ChatML, for tokenizers that have no template of their own."""
@@ -39,7 +43,7 @@ _CONFIG = {
     "model_max_length": 1 << 20,
     "chat_template": CHAT_TEMPLATE,
 }
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
 )
@@ -60,7 +64,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     try:
         configured = any((path / name).is_file() for name in ("tokenizer_config.json", "config.json"))
         # Without this check transformers makes an empty tokenizer for a model folder that has none.
-        if configured and any((path / name).is_file() for name in _VOCABULARY_FILES):
+        if configured and has_tokenizer(path):
             tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
         elif bare.is_file():
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(bare))
@@ -76,6 +80,31 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise DataError(f"{path}: this tokenizer has no fast (tokenizer.json) form")
     return tokenizer
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((path / name).is_file() for name in _VOCABULARY_FILES)
+
+
+class Clash(NamedTuple):
+    """A token that has another id in the right tokenizer than in the left one, or None: it has no such token."""
+
+    token: str
+    left: int
+    right: int | None
+
+
+def clash(left: Path, right: Path) -> Clash | None:
+    """A token to which two tokenizer folders give different ids, the lowest in ``left``; None where all ids of
+    ``left`` mean the same in ``right``, which may know more tokens."""
+    mine, theirs = left / "tokenizer.json", right / "tokenizer.json"
+    if mine.is_file() and theirs.is_file() and filecmp.cmp(mine, theirs, shallow=False):
+        return None  # the usual case, told without loading anything
+    one, other = (load_tokenizer(folder).get_vocab() for folder in (left, right))
+    found = ((number, token) for token, number in one.items() if other.get(token) != number)
+    number, token = min(found, default=(0, None))
+    return None if token is None else Clash(token, number, other.get(token))
 
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -102,24 +131,29 @@ def copy_tokenizer(path: str | Path, folder: Path) -> None:
     """Copy a tokenizer's files (and nothing else of a model folder) into ``folder``, so that AutoTokenizer loads it."""
     path = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    names = {path.name: path} if path.is_file() else {name: path / name for name in _TOKENIZER_FILES}
+    names = {path.name: path} if path.is_file() else {name: path / name for name in TOKENIZER_FILES}
     for name, file in names.items():
         if file.is_file():
             shutil.copyfile(file, folder / ("tokenizer.json" if path.is_file() else name))
     if not (folder / "tokenizer_config.json").is_file():
-        load_tokenizer(path).save_pretrained(str(folder))
+        try:
+            load_tokenizer(path).save_pretrained(str(folder))
+        except (OSError, DataError):
+            raise
+        except Exception as error:  # how the tokenizers library words a full disk
+            raise OSError(str(error)) from None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     """Train a byte-level BPE and write it as a Hugging Face folder.
 
     Digits stand alone and there is no normalisation: decoding gives back the exact text. ``vocab_size`` counts
-    everything; a small corpus may give fewer. Raises DataError below MIN_VOCAB.
+    everything; a small corpus may give fewer. Raises DataError below MIN_VOCAB and above MAX_VOCAB.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < MIN_VOCAB:
-        raise DataError(f"vocab_size {vocab_size}: a byte-level tokenizer needs at least {MIN_VOCAB}")
+    if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
+        raise DataError(f"vocab_size {vocab_size}: a byte-level tokenizer has {MIN_VOCAB} to {MAX_VOCAB:,} tokens")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -135,8 +169,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     backend.train_from_iterator(texts, trainer)
     backend.add_tokens(added)
     folder.mkdir(parents=True, exist_ok=True)
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(_CONFIG, indent=2) + "\n", encoding="utf-8")
+    # Not backend.save: it raises a bare Exception for what the operating system refuses.
+    replace_file(folder / "tokenizer.json", backend.to_str(pretty=True).encode())
+    replace_file(folder / "tokenizer_config.json", (json.dumps(_CONFIG, indent=2) + "\n").encode())
 
 
 def encode_documents(

@@ -68,7 +68,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tenso
     shared = k.shape[2] != q.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.device.type != "cuda":
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared).transpose(1, 2)
+        # In float32 throughout: for short documents its backward pass is up to ten times faster on a CPU.
+        q, k, v, dtype = q.float(), k.float(), v.float(), q.dtype
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared).transpose(1, 2).to(dtype)
     with sdpa_kernel(_CUDA_ORDER, set_priority=True):
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared).transpose(1, 2)
 
@@ -100,8 +102,9 @@ def _attention_of_each(batch: Batch) -> Attend:
 
     @torch.compiler.disable  # other lengths in every batch: nothing worth compiling
     def attend(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
-        documents = zip(*(t.flatten(0, 1)[None].split(lengths, dim=1) for t in (q, k, v)))
-        return torch.cat([causal_attention(*one, layer_index) for one in documents], dim=1).view_as(q)
+        queries, keys, values = (t.flatten(0, 1)[None].split(lengths, dim=1) for t in (q, k, v))
+        outputs = [causal_attention(*one, layer_index) for one in zip(queries, keys, values)]
+        return torch.cat(outputs, dim=1).view_as(q)
 
     return attend
 

@@ -1,4 +1,4 @@
-"""Architectures that start from random weights: two small ones of ours and the public Qwen2.5 sizes."""
+"""Architectures that start from random weights: three small ones of ours and the public Qwen2.5 sizes."""
 
 from dataclasses import replace
 
@@ -24,8 +24,10 @@ def _qwen25(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: i
     return _qwen2(hidden, intermediate, layers, heads, kv_heads, bos_token_id=151_643, eos_token_ids=(151_643,), **rest)
 
 
-# Every projection of the two small ones is a multiple of 128 in both dimensions, so that all of them run in FP8.
+# Every projection of the three small ones is a multiple of 128 in both dimensions, so that all of them run in FP8.
 PRESETS: dict[str, ModelConfig] = {
+    # Learns sums in two minutes on one core: docs/sft.md.
+    "micro": _qwen2(128, 384, 2, 8, 8, vocab_size=512, max_position_embeddings=4_096, rope_theta=10_000.0),
     "tiny": _qwen2(256, 512, 4, 4, 2, vocab_size=4_096, max_position_embeddings=32_768),
     "small-150m": _qwen2(768, 3_840, 12, 12, 4, vocab_size=32_768, max_position_embeddings=32_768),
     "qwen2.5-0.5b": _qwen25(896, 4_864, 24, 14, 2, vocab_size=151_936, max_position_embeddings=32_768),

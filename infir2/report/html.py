@@ -1,7 +1,6 @@
-"""The report itself: chooses what to plot, words the summary, fills template.html. One file, no script, no request."""
+"""The report itself: chooses what to plot, words the summary, fills the page. One file, no script, no request."""
 
 import math
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from infir2 import __version__
+from infir2.durable import replace_file
 from infir2.errors import UserError
 from infir2.report import plots
 from infir2.report.runs import Run, differences, labels_for, read_run
@@ -22,8 +22,34 @@ from infir2.train.live import count, duration
 
 UNDERFLOW_EDGES = (1e-4, 1e-3, 1e-2, 5e-2, 0.2)
 SQNR_EDGES = (32.0, 30.0, 28.0, 25.0, 20.0)
+COMPLETIONS = 4  # shown from the beginning and from the end of a run
 MEAN = "mean over layers and operands"
 OPERANDS = {"x": "activations", "w": "weights", "g": "gradients"}
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else ""
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.3g} %"
+
+
+def _power(value: float) -> str:
+    """0.0001 -> 1e-4."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return "0" if value == 0 else f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+# Curves of reinforcement learning: key, title, note, how values are written.
+RL_PLOTS = (
+    ("response_length", "Response length", "Tokens, mean.", _short),
+    ("truncated", "Truncated responses", "Share that reached the limit of tokens.", _percent),
+    ("entropy", "Entropy", "Nats a token, at the sampling temperature.", _short),
+    ("kept_groups", "Groups trained on", "Of one rollout.", _short),
+    ("logprob_diff", "Trainer against engine", "Mean difference of log-probabilities, absolute.", _power),
+    ("importance_clipped", "Truncated importance weights", "Share of tokens.", _percent),
+)
 
 
 @dataclass(frozen=True)
@@ -46,33 +72,38 @@ def write_report(runs: Sequence[Path], out: Path, labels: Sequence[str] | None =
     if not runs:
         raise UserError("no run folder given")
     read = [read_run(Path(path), label) for path, label in zip(runs, labels_for(runs, labels), strict=True)]
-    html = _render(read)
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+    title = read[0].label if len(read) == 1 else " · ".join(run.label for run in read)
+    write_page(out, "run_report.html", title, "Training report", {"group": group_of(read)})
 
 
-def _render(runs: Sequence[Run]) -> str:
+def write_page(out: Path, template: str, title: str, kicker: str, content: dict[str, Any]) -> None:
+    """Fill a template. Raises UserError where ``out`` cannot be made."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("infir2.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["trusted_svg"] = Markup  # only ever our own drawings
-    title = runs[0].label if len(runs) == 1 else " · ".join(run.label for run in runs)
-    return environment.get_template("template.html").render(
-        title=title,
-        runs=runs,
-        summary=[_summary(run, runs[0]) for run in runs],
-        plots=_plots(runs),
-        heat_maps=[plot for index, run in enumerate(runs) for plot in _heat_maps(index, run, len(runs) > 1)],
-        differences=differences(runs) if len(runs) > 1 else [],
-        environments=[_environment(run) for run in runs],
-        commands=[_command(run) for run in runs],
-        made=datetime.now().strftime("%d %B %Y, %H:%M").lstrip("0"),
-        version=__version__,
+    made = datetime.now().strftime("%d %B %Y, %H:%M").lstrip("0")
+    html = environment.get_template(template).render(
+        title=title, kicker=kicker, made=made, version=__version__, **content
     )
+    try:
+        replace_file(out, html.encode())
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+
+
+def group_of(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the page says about runs that are shown together."""
+    return {
+        "runs": runs,
+        "summary": [_summary(run, runs[0]) for run in runs],
+        "plots": _plots(runs),
+        "heat_maps": [plot for index, run in enumerate(runs) for plot in _heat_maps(index, run, len(runs) > 1)],
+        "completions": [(run, _completions(run)) for run in runs],
+        "differences": differences(runs) if len(runs) > 1 else [],
+        "environments": [_environment(run) for run in runs],
+        "commands": [_command(run) for run in runs],
+    }
 
 
 def _summary(run: Run, first: Run) -> list[tuple[str, str, str]]:
@@ -80,6 +111,7 @@ def _summary(run: Run, first: Run) -> list[tuple[str, str, str]]:
     steps, _ = run.series("loss")
     time_spent = float(np.nansum(run.series("step_time_s")[1]))
     loss, held_out = run.final_loss(), run.last("eval_loss", "eval")
+    reward = run.last("eval_reward", "eval")
 
     def text(value: float | None, form: str, unit: str = "") -> str:
         return "–" if value is None else f"{value:{form}}{unit}"
@@ -102,6 +134,8 @@ def _summary(run: Run, first: Run) -> list[tuple[str, str, str]]:
         ("MFU", text(run.middle("mfu"), ".1%"), ""),
         ("Peak memory", text(memory, ".1f", "\u00a0GB"), change(memory, first.highest("peak_memory_gb"))),
         ("Time in steps", duration(time_spent) if time_spent else "–", ""),
+        *[("Held\u2011out reward", text(reward, ".3f"), change(reward, first.last("eval_reward", "eval")))]
+        * (reward is not None),
         ("Skipped", text(run.last("skipped"), ".0f"), ""),
         ("Resumes", str(len(run.steps_of("resume"))), ""),
     ]
@@ -109,6 +143,7 @@ def _summary(run: Run, first: Run) -> list[tuple[str, str, str]]:
 
 def _plots(runs: Sequence[Run]) -> list[Plot]:
     halves = [
+        *(_half(runs, key, title, note, write=write) for key, title, note, write in RL_PLOTS),
         _half(runs, "lr", "Learning rate", "", smooth=False, write=_power),
         _half(runs, "grad_norm", "Gradient norm", "Before clipping.", log=True, write=_short),
         _half(runs, "tokens_per_s", "Tokens per second", "Over all devices.", write=count),
@@ -119,7 +154,20 @@ def _plots(runs: Sequence[Run]) -> list[Plot]:
     found = [plot for plot in halves if plot is not None]
     if len(found) % 2 and (memory := _half(runs, "peak_memory_gb", "Peak memory", "GB.", smooth=False, write=_short)):
         found.append(memory)
-    return [plot for plot in (_loss(runs), _held_out(runs), _difference(runs)) if plot is not None] + found
+    wide = (_reward(runs), _held_out_reward(runs), _loss(runs), _held_out(runs), _difference(runs))
+    return [plot for plot in wide if plot is not None] + found
+
+
+def _reward(runs: Sequence[Run]) -> Plot | None:
+    curves = _curves(runs, "reward")
+    note = "Mean over all samples of a rollout, groups that were left out included."
+    return Plot("Reward", note, plots.lines("reward", curves, write=_short)) if curves else None
+
+
+def _held_out_reward(runs: Sequence[Run]) -> Plot | None:
+    curves = _curves(runs, "eval_reward", "eval")
+    note = "Mean over prompts that are never trained on."
+    return Plot("Held-out reward", note, plots.lines("held-out-reward", curves, points=True)) if curves else None
 
 
 def _half(runs: Sequence[Run], key: str, title: str, note: str, **options: Any) -> Plot | None:
@@ -221,6 +269,12 @@ def _levels(edges: Sequence[float], key: str) -> list[str]:
     return [f"{outer[0]} {write(edges[0])}{unit}", *between, f"{outer[1]} {write(edges[-1])}{unit}"]
 
 
+def _completions(run: Run) -> list[dict[str, Any]]:
+    """A few completions of a run, the first and the last ones that were written down."""
+    samples = [sample for sample in run.samples if sample.get("kind") == "train"]
+    return samples if len(samples) <= 2 * COMPLETIONS else samples[:COMPLETIONS] + samples[-COMPLETIONS:]
+
+
 def _environment(run: Run) -> list[tuple[str, str]]:
     """(name, text) rows of run.json, the folder last; the command is shown apart."""
     rows = []
@@ -236,17 +290,3 @@ def _command(run: Run) -> str:
     """The command line of run.json, which holds it as text or as a list of words."""
     command = run.environment.get("command", "")
     return shlex.join(map(str, command)) if isinstance(command, list) else str(command)
-
-
-def _short(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else ""
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.3g} %"
-
-
-def _power(value: float) -> str:
-    """0.0001 -> 1e-4."""
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return "0" if value == 0 else f"{mantissa.removesuffix('.0')}e{int(exponent)}"

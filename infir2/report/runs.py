@@ -4,13 +4,14 @@ import json
 import math
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from infir2.errors import UserError, did_you_mean
+from infir2.rl.samples import read_samples
 from infir2.train.metrics import read_metrics
 
 FINAL_FRACTION = 0.05  # the last part of a run whose mean is called the final training loss
@@ -30,6 +31,8 @@ class Run:
     """The resolved recipe as it is written in config.toml."""
     environment: dict[str, Any]
     """run.json: command, versions, device, commit, started; empty where the folder has none."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """samples.jsonl: completions that reinforcement learning wrote down, oldest first."""
 
     def series(self, key: str, kind: str = "train") -> tuple[np.ndarray, np.ndarray]:
         """(steps int64, values float64) of a key, without lines that lack it; values may be NaN or infinite."""
@@ -85,6 +88,10 @@ def read_run(path: Path, label: str) -> Run:
     if not path.is_dir():
         beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such run folder.{did_you_mean(path.name, beside)}")
+    if not (path / "metrics.jsonl").exists():
+        inside = sorted(found.parent.name for found in path.glob("*/metrics.jsonl"))
+        hint = f"; these folders in it have one: {', '.join(inside[:8])}" if inside else ""
+        raise UserError(f"{path}: not a run folder: training writes metrics.jsonl into one, and there is none{hint}")
     lines = read_metrics(path / "metrics.jsonl")
     for number, line in enumerate(lines, start=1):
         loss = line.get("loss", math.nan)
@@ -92,7 +99,8 @@ def read_run(path: Path, label: str) -> Run:
             raise UserError(f"{path / 'metrics.jsonl'}: line {number}: loss is {loss!r}, not a number")
     if not any(line["kind"] == "train" for line in lines):
         raise UserError(f"{path / 'metrics.jsonl'}: holds no training step yet")
-    return Run(label, path, lines, *_read_config(path / "config.toml"), _read_environment(path / "run.json"))
+    config, text = _read_config(path / "config.toml")
+    return Run(label, path, lines, config, text, _read_environment(path / "run.json"), read_samples(path))
 
 
 def labels_for(paths: Sequence[Path], labels: Sequence[str] | None) -> list[str]:

@@ -12,9 +12,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from infir2.config import CptConfig, load
+from infir2.config import CptConfig, Fp8Section, load
 from infir2.errors import ConfigError
 
 ACCEPTS_OVERRIDES = True
@@ -27,9 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a CPT recipe; its run key names the folder")
     parser.add_argument(
         "--precisions", nargs="+", default=["bf16", "blockwise", "hybrid"], metavar="NAME",
+        choices=get_args(Fp8Section.model_fields["recipe"].annotation),
         help="FP8 recipes to compare; the first is the baseline (bf16 blockwise hybrid)",
     )  # fmt: skip
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help="seeds (1 2 3)")
+    parser.add_argument("--seeds", nargs="+", type=_seed, default=[1, 2, 3], metavar="N", help="seeds (1 2 3)")
     parser.add_argument("--json", type=Path, help="also write the result here")
 
 
@@ -38,17 +39,22 @@ def run(args: argparse.Namespace) -> int:
     from infir2.report import write_report
     from infir2.stages.cpt import train_cpt
     from infir2.stages.environment import environment
+    from infir2.stages.run_folder import exit_code
 
+    for option, values in (("--precisions", args.precisions), ("--seeds", args.seeds)):
+        if len(set(values)) < len(values):
+            raise ConfigError(f"{option}: {' '.join(map(str, values))}: one is named twice")
     config = load(CptConfig, args.recipe, args.overrides)
     if not config.train.eval_every:
         raise ConfigError(f"{args.recipe}: train.eval_every is 0, but the held-out loss is what is compared")
-    with world() as here:
+    with world(config.parallel.replicate) as here:
         for seed in args.seeds:
             for name in args.precisions:
                 one = variant(config, name, seed)
-                if not train_cpt(one, here):
-                    print(f"stopped on request; run the same command to resume {one.run}")
-                    return 143
+                if stopped := train_cpt(one, here):
+                    return exit_code(stopped, one, here)
+        if not here.is_main:
+            return 0
     folder = Path(config.run)
     recipe = config.model_dump(mode="json", exclude={"run"})
     result = {**environment(), "recipe": recipe, **summarise(folder, args.precisions, args.seeds)}
@@ -58,6 +64,9 @@ def run(args: argparse.Namespace) -> int:
     write_report(first, folder / "report.html", labels=args.precisions)
     for name in args.precisions[1:]:
         row = result["difference"][name]
+        if row["mean"] is None:
+            print(f"{name} against {args.precisions[0]}: no seed of which both runs came to the end")
+            continue
         interval = f"{row['low95']:+.3%} to {row['high95']:+.3%}" if row["low95"] is not None else "needs two seeds"
         print(
             f"{name} against {args.precisions[0]}: held-out loss {row['mean']:+.3%}, 95 % interval {interval}, "
@@ -73,7 +82,7 @@ def summarise(folder: Path, precisions: Sequence[str], seeds: Sequence[int]) -> 
     A run that did not reach the last step of the longest one is left out, and with it its pair.
     """
     curves = {name: {seed: _curve(folder / f"{name}-seed{seed}") for seed in seeds} for name in precisions}
-    last = max(curve["step"][-1] for runs in curves.values() for curve in runs.values())
+    last = max((step for runs in curves.values() for curve in runs.values() for step in curve["step"]), default=0)
     finals: dict[str, dict[int, float]] = {
         name: {seed: c["held_out"][-1][1] for seed, c in runs.items() if c["held_out"] and c["held_out"][-1][0] == last}
         for name, runs in curves.items()
@@ -112,19 +121,39 @@ def variant(config: CptConfig, precision: str, seed: int) -> CptConfig:
 class Difference:
     """Relative difference of paired losses, as a fraction of the baseline's."""
 
-    mean: float
+    mean: float | None
+    """None where there is no pair."""
     low95: float | None
     high95: float | None
-    """The 95 % confidence interval; None where there is one pair only."""
+    """The 95 % confidence interval; None where there are less than two pairs."""
     pairs: list[float]
 
 
 def paired_difference(baseline: Sequence[float], other: Sequence[float]) -> Difference:
     """Mean of other / baseline - 1 over the pairs, with its 95 % confidence interval (Student's t)."""
     pairs = [b / a - 1.0 for a, b in zip(baseline, other, strict=True)]
-    mean = statistics.fmean(pairs)
-    if len(pairs) < 2:
+    mean = statistics.fmean(pairs) if pairs else None
+    if mean is None or len(pairs) < 2:
         return Difference(mean, None, None, pairs)
-    t = _T95[len(pairs) - 2] if len(pairs) - 2 < len(_T95) else 1.96
-    half = t * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    half = t95(len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
     return Difference(mean, mean - half, mean + half, pairs)
+
+
+def t95(freedom: int) -> float:
+    """Two-sided 95 % quantile of Student's t: from a table, beyond it Abramowitz and Stegun 26.7.5 (error < 1e-6)."""
+    if freedom <= len(_T95):
+        return _T95[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
+    return int(text)

@@ -8,24 +8,21 @@ folder that init.checkpoint accepts with init.keep_optimizer = false.
 import argparse
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from infir2.errors import ConfigError
+from infir2.stages.byte_progress import byte_progress
 
 if TYPE_CHECKING:
-    from infir2.checkpoint.convert import Report, Written
+    from infir2.checkpoint.convert import Written
     from infir2.checkpoint.export_fp8 import Fp8Export
     from infir2.checkpoint.model_source import ModelSource
 
 Format = Literal["hf", "fp8", "dcp"]
-SHOW_PROGRESS_AFTER = 2.0
-"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,8 @@ def convert_model(
         model = dataclasses.replace(model, tokenizer=options.tokenizer)
     parameters, read = model.architecture.num_parameters(), model.tensors.nbytes
     console.print(f"{model.path}: {_KINDS[model.kind]}, {model.architecture.model_type}, {parameters:,} parameters")
+    if model.tokenizer is None:
+        console.print(f"note: {model.path} has no tokenizer, so {out} gets none; --tokenizer names one", soft_wrap=True)
     written = _convert(model, out, to, options, console)
     seconds = time.monotonic() - started
     console.print(
@@ -123,7 +122,7 @@ def _convert(model: "ModelSource", out: Path, to: Format, options: Options, cons
     if export is not None:
         for line in _export_lines(export):
             console.print(line)
-    with _progress(console) as report:
+    with byte_progress(console, "converting") as report:
         if to == "dcp":
             return to_checkpoint(model, out, _starting_facts(model), report)
         if export is not None:
@@ -175,24 +174,3 @@ def _starting_facts(model: "ModelSource") -> dict[str, Any]:
         "global_batch": 0,
         "converted": {"from": str(model.path), **environment()},
     }
-
-
-@contextmanager
-def _progress(console: Console) -> "Iterator[Report]":
-    """A bar of bytes, which shows when the work has gone on for a while."""
-    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True, quiet=console.quiet), transient=True)
-    task, started, shown = bar.add_task("", total=None), time.monotonic(), False
-
-    def report(done: int, total: int) -> None:
-        nonlocal shown
-        bar.update(task, completed=done, total=total)
-        if not shown and time.monotonic() - started > SHOW_PROGRESS_AFTER:
-            shown = True
-            bar.start()
-
-    try:
-        yield report
-    finally:
-        if shown:
-            bar.stop()

@@ -1,7 +1,7 @@
 """Continual pre-training: `infir2 cpt RECIPE [--section.key value ...]`.
 
 Run the same command again to resume. Under torchrun the same command shards the model over the processes:
-torchrun --standalone --nproc-per-node 8 -m infir2 cpt RECIPE. --dry-run shows what would be run.
+torchrun --standalone --nproc-per-node 8 -m -- infir2 cpt RECIPE. --dry-run shows what would be run.
 """
 
 import argparse
@@ -12,6 +12,8 @@ from infir2.config import CptConfig, describe, load
 from infir2.errors import ConfigError
 
 if TYPE_CHECKING:
+    import signal
+
     from infir2.data.loader import TokenLoader
     from infir2.model.config import ModelConfig
     from infir2.parallel.runtime import World
@@ -23,6 +25,7 @@ ACCEPTS_OVERRIDES = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="TOML file, such as recipes/cpt_tiny.toml")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, parameters and memory; stop")
+    parser.add_argument("--profile", action="store_true", help="trace three steps into RUN/profile")
     parser.epilog = "recipe keys (override with --section.key value):\n" + "\n".join(
         f"  --{key}  [{default}]\n      {text}" for key, default, text in describe(CptConfig)
     )
@@ -31,21 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from infir2.parallel.runtime import world
     from infir2.stages.dry_run import describe_run
+    from infir2.stages.run_folder import exit_code
 
-    config = load(CptConfig, args.recipe, args.overrides)
+    profiled = ["--log.profile_steps", "3"] if args.profile else []
+    config = load(CptConfig, args.recipe, [*profiled, *args.overrides])
     with world(config.parallel.replicate) as here:
         if args.dry_run:
             architecture = architecture_of(config)
             open_loader(config, here, architecture)
+            choose_tokenizer(config, here)
             if here.is_main:
                 print(describe_run(config, architecture, here.size, workload(config)))
             return 0
-        finished = train_cpt(config, here)
-    if not finished:
-        if here.is_main:
-            print(f"stopped on request; run the same command to resume {config.run}")
-        return 143
-    return 0
+        return exit_code(train_cpt(config, here), config, here)
 
 
 def workload(config: CptConfig) -> "Workload":
@@ -90,32 +91,45 @@ def open_loader(config: CptConfig, world: "World", architecture: "ModelConfig") 
     )
 
 
-def train_cpt(config: CptConfig, world: "World") -> bool:
-    """Run or resume continual pre-training. Returns False where a signal ended it early."""
+def train_cpt(config: CptConfig, world: "World") -> "signal.Signals | None":
+    """Run or resume continual pre-training. Returns the signal that ended it early, if any."""
     import torch
 
     from infir2.model.attention import causal_attention, document_attention
+    from infir2.stages.data_check import verify_shards
+    from infir2.stages.run_folder import keep_tokenizer
     from infir2.stages.training import StageData, run_training
 
     architecture = architecture_of(config)
     loader = open_loader(config, world, architecture)
+    tokenizer = choose_tokenizer(config, world)
     dtype = getattr(torch, config.model.dtype)
     data = StageData(
         loop=config.train,
-        batches=lambda first, last, offset: loader.stream(first - 1, last, offset),
+        batches=lambda first, last, offset, _: loader.stream(first - 1, last, offset),
         held_out=lambda: loader.validation_batches(config.train.eval_sequences),
         attention_for=(lambda batch: document_attention(batch, dtype))
         if config.data.document_attention
         else (lambda batch: causal_attention),
         fingerprint=loader.fingerprint(),
-        sequence_length=config.data.seq_len,
+        check=lambda run: verify_shards(loader.shard_files(), run, world),
+        write=lambda run: keep_tokenizer(tokenizer, run),
     )
-    return run_training(config, world, data, architecture, _tokenizer_folder(config))
+    return run_training(config, world, data, architecture, Path(config.run) / "tokenizer" if tokenizer else None)
 
 
-def _tokenizer_folder(config: CptConfig) -> Path | None:
-    """The tokenizer that goes with the trained model: the start model's, else the first prepared source's."""
-    if config.model.path is not None:
-        return Path(config.model.path)
-    folders = [Path(name) / "tokenizer" for name in config.data.sources]
-    return next((folder for folder in folders if folder.is_dir()), None)
+def choose_tokenizer(config: CptConfig, world: "World") -> Path | None:
+    """Folder of the tokenizer that goes with the trained model: the start model's, else the first prepared source's.
+
+    Raises DataError where a source's token ids mean something else to the model; tells what cannot be compared.
+    """
+    from infir2.data.tokenizer import has_tokenizer
+    from infir2.stages.data_check import check_token_ids
+    from infir2.stages.training import starting_meta, starting_tokenizer
+
+    mine = starting_tokenizer(config)
+    if config.model.preset is None or starting_meta(config) is not None:  # else random weights, which know no ids yet
+        notes = check_token_ids(list(config.data.sources), mine)
+        if notes and world.is_main:
+            print("\n".join(notes))
+    return mine or next(filter(has_tokenizer, (Path(name) / "tokenizer" for name in config.data.sources)), None)

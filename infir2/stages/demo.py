@@ -17,9 +17,10 @@ from typing import Any
 from rich.console import Console
 
 from infir2.config import CptConfig, to_toml
-from infir2.errors import DataError, TrainingStopped
+from infir2.durable import replace_file
+from infir2.errors import ConfigError, DataError, TrainingStopped
 
-STEPS = 100
+STEPS, MIN_STEPS = 100, 4
 CORPUS_BYTES = 12_000_000
 
 
@@ -29,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.steps < MIN_STEPS:
+        raise ConfigError(f"--steps {args.steps}: at least {MIN_STEPS}, or there is no half-way to kill a run at")
     console = Console()
     started = time.monotonic()
     out: Path = args.out
@@ -94,8 +97,10 @@ def _prepare(folder: Path, console: Console) -> None:
 
 
 def _write_recipe(out: Path, name: str, steps: int) -> Path:
-    path = out / f"{name}.toml"
-    path.write_text(to_toml(demo_config(out, name, steps)), encoding="utf-8")
+    path, text = out / f"{name}.toml", to_toml(demo_config(out, name, steps))
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise ConfigError(f"{path}: an earlier demo had other settings (such as --steps). Choose another --out")
+    replace_file(path, text.encode())
     return path
 
 

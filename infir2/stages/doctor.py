@@ -12,8 +12,8 @@ from typing import Any
 
 OPTIONAL = {"wandb": "Weights & Biases logging: pip install 'infir2[wandb]'"}
 HARDWARE = {
-    "native-blockwise": "native, block scaling included (compute capability 9.0 or newer)",
-    "native-rowwise": "native for one scale a row or tensor only (compute capability 8.9)",
+    "native-blockwise": "native, block scaling included (compute capability 9.0)",
+    "native-rowwise": "native for one scale a row or tensor only (compute capability 8.9, and above 9.0)",
     "emulated": "none: operands are dequantised and multiplied",
 }
 
@@ -67,7 +67,7 @@ def fp8_hardware(gpus: list[dict[str, Any]]) -> str:
     if not gpus:
         return "emulated"
     capability = tuple(int(part) for part in gpus[0]["compute_capability"].split("."))
-    return "native-blockwise" if capability >= (9, 0) else "native-rowwise" if capability == (8, 9) else "emulated"
+    return "native-blockwise" if capability == (9, 0) else "native-rowwise" if capability >= (8, 9) else "emulated"
 
 
 def advise(findings: dict[str, Any]) -> str:

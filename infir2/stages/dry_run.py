@@ -30,7 +30,7 @@ def describe_run(config: TrainingConfig, architecture: ModelConfig, world_size: 
         model = CausalLM(architecture)
     fp8 = config.fp8
     keep = keep_outer_layers(architecture.num_hidden_layers, fp8.bf16_first_layers, fp8.bf16_last_layers)
-    report = convert(model, recipe_named(fp8.recipe, fp8.scale_format), keep)
+    report = convert(model, recipe_named(fp8.recipe, fp8.scale_format), keep, fp8.mlp_activations)
     parts = memory_estimate(config, architecture, world_size, work.micro_batch_tokens)
     lines = [
         to_toml(config),

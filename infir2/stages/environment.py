@@ -35,7 +35,13 @@ def commit() -> str | None:
     """Commit of the source tree that runs, else the variable INFIR2_COMMIT (for copies without history), else None."""
     folder = Path(infir2.__file__).parent
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10)
+        # An installed package may lie in a virtual environment inside somebody else's repository.
+        _git("ls-files", "--error-unmatch", "__init__.py", folder=folder)
+        return _git("rev-parse", "HEAD", folder=folder)
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("INFIR2_COMMIT")
-    return done.stdout.strip() if done.returncode == 0 else os.environ.get("INFIR2_COMMIT")
+
+
+def _git(*words: str, folder: Path) -> str:
+    command = ["git", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

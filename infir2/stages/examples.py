@@ -1,7 +1,8 @@
 """Data for fine-tuning that is made on this machine: `infir2 examples OUT.jsonl --stage 1`.
 
-Writes questions with verified step-by-step solutions, one conversation a line, for `infir2 sft`. The same options give
-the same bytes. Held-out questions (--split held_out) never occur in a train split, whatever the seed.
+Writes questions with verified step-by-step solutions, one conversation a line, for `infir2 sft`; with --form prompts
+the questions alone, each with what its answers are scored against, for `infir2 rl`; with --form text plain text for
+`infir2 prepare`, so that a tokenizer learns the words of the questions. The same options give the same bytes. Held-out questions (--split held_out) never occur in a train split, whatever the seed.
 """
 
 import argparse
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--count", type=int, default=5000, help="examples to write (%(default)s)")
     add("--seed", type=int, default=1, help="another seed, other questions (%(default)s)")
     add("--split", choices=("train", "held_out"), default="train", help="which questions (%(default)s)")
+    add("--form", choices=("messages", "prompts", "text"), default="messages", help="what a line holds (%(default)s)")
     add("--families", nargs="+", default=(), metavar="NAME", help="kinds of questions (default: all)")
 
 
@@ -34,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8") as file:
             for example in worked_examples(args.stage, args.count, args.seed, args.split, args.families):
-                file.write(json.dumps(example.row(), ensure_ascii=False) + "\n")
+                row = {"messages": example.row, "prompts": example.prompt_row, "text": example.text_row}[args.form]
+                file.write(json.dumps(row(), ensure_ascii=False) + "\n")
                 counts[example.family] += 1
         temporary.replace(args.out)
     except OSError as error:

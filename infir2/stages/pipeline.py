@@ -18,7 +18,8 @@ The file lists infir2 commands in their order. In a command, {out} is the stage'
 
 A finished stage is skipped for as long as its command, its recipe, its files and the stages it reads stay what they
 were. Interrupt or kill the chain whenever you like: the same command goes on, in the middle of a stage where that can.
-A stage whose inputs have changed is made anew; what it had made before is kept under old/.
+A stage whose inputs have changed is made anew; what it had made before is kept under old/. At the end RUN/report.html
+tells the whole chain.
 """
 
 import argparse
@@ -30,8 +31,10 @@ from rich.markup import escape
 
 from infir2.config import load
 from infir2.errors import UserError
+from infir2.report import write_chain_report
 from infir2.stages.pipeline_plan import PipelineConfig, Plan, Step, make_plan
 from infir2.stages.pipeline_run import interrupted, run_step
+from infir2.train.live import duration
 
 ACCEPTS_OVERRIDES = True
 
@@ -59,7 +62,10 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def run_plan(plan: Plan, console: Console, until: str | None = None) -> int:
-    """Run what is not finished; returns the exit code. Raises UserError for an unknown ``until``."""
+    """Run what is not finished, then write the report; returns the exit code.
+
+    Raises UserError for an unknown ``until``, and StageFailed.
+    """
     names = [step.name for step in plan.steps]
     if until is not None and until not in names:
         raise UserError(f"--until {until}: no stage of that name; the stages are {', '.join(names)}")
@@ -72,7 +78,10 @@ def run_plan(plan: Plan, console: Console, until: str | None = None) -> int:
             continue
         if code := run_step(plan, step):
             return _stopped(step, code)
-    console.print(f"\n[bold]{plan.run}[/bold]: finished in {time.monotonic() - began:.0f} s", highlight=False)
+    report = plan.run / "report.html"
+    write_chain_report(plan.run, report)
+    took = duration(time.monotonic() - began)
+    console.print(f"\nfinished in {took}; open [bold]{report}[/bold]", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -156,7 +156,8 @@ def _file_fingerprint(path: Path) -> list[Any]:
     if path.suffix == ".toml":
         return [str(path), hashlib.sha256(path.read_bytes()).hexdigest()]
     rows = []
-    for folder, _, names in sorted(os.walk(path)):
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if name != "__pycache__")  # Python writes there as it pleases
         rows += [_stat(Path(folder) / name) for name in sorted(names)]
     return [str(path), hashlib.sha256(json.dumps(rows or [_stat(path)]).encode()).hexdigest()]
 

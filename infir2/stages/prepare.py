@@ -4,7 +4,12 @@ The folder is built under a temporary name beside its place and renamed at the e
 """
 
 import argparse
+import fcntl
+import glob
+import os
 import shutil
+import signal
+import sys
 import sysconfig
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,10 +43,12 @@ from infir2.data.documents import (
     find_files,
     printable,
 )
-from infir2.data.megatron import fsync_folder, token_dtype
+from infir2.data.megatron import token_dtype
 from infir2.data.order import in_validation, permutation, shuffled_documents
+from infir2.durable import sync_folder
 from infir2.errors import DataError
 
+_BUILDING, _REPLACED = ".preparing-", ".old-"
 SHUFFLE_LIMIT = 8 << 30
 """Bytes of text that --shuffle takes into memory."""
 STDLIB_EXCLUDE = (
@@ -91,9 +98,11 @@ def prepare(
     """
     chosen = Options(**options)
     console = console or Console(stderr=True)
+    if not str(out):
+        raise DataError("--out: an empty name")
     out = Path(out)
     _check_options(chosen)
-    check_replaceable(out, inputs)
+    check_replaceable(out, [given for given in inputs if str(given)])
     files = find_files(inputs, chosen.extensions, chosen.exclude)
     try:
         with _built_beside(out) as folder:
@@ -106,19 +115,24 @@ def prepare(
 def _check_options(options: Options) -> None:
     if not 0 <= options.validation_fraction < 1:
         raise DataError(f"--validation-fraction {options.validation_fraction}: must be at least 0 and below 1")
-    for name in ("shard_tokens", "max_doc_bytes", "tokenizer_sample_bytes"):
-        if getattr(options, name) < 1:
+    for name in ("shard_tokens", "max_doc_bytes", "tokenizer_sample_bytes", "max_bytes"):
+        if (value := getattr(options, name)) is not None and value < 1:
             raise DataError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     if options.workers < 0 or options.seed < 0:
         raise DataError("--workers and --seed must not be negative")
 
 
 def check_replaceable(out: Path, inputs: Sequence[str | Path] = ()) -> None:
-    """Raises DataError unless ``out`` is missing, empty, or a prepared folder without anything added, and no input
-    lies inside it."""
+    """Raises DataError unless ``out`` is missing, empty, or a prepared folder without anything added, no input lies
+    inside it, and it lies inside no input."""
+    place = out.resolve()
     for given in inputs:
-        if Path(given).resolve().is_relative_to(out.resolve()):
+        if Path(given).resolve().is_relative_to(place):
             raise DataError(f"{given}: lies inside --out {out}, which would be replaced. Choose another --out.")
+        if place.is_relative_to(Path(given).resolve()):
+            raise DataError(
+                f"--out {out}: lies inside {given}, whose text would hold it the next time. Choose another --out."
+            )
     if not out.exists():
         return
     if not out.is_dir():
@@ -139,23 +153,61 @@ def _built_beside(out: Path) -> Iterator[Path]:
     """A new folder beside ``out`` that takes its place when the block ends well and vanishes when it does not."""
     parent = out.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
-    folder = parent / f".{out.name}.preparing-{uuid.uuid4().hex[:8]}"
+    _clear_leftovers(out)
+    folder = parent / f".{out.name}{_BUILDING}{uuid.uuid4().hex[:8]}"
     folder.mkdir()
     try:
-        yield folder
-        trash = parent / f".{out.name}.old-{uuid.uuid4().hex[:8]}"
-        if out.exists():
-            out.rename(trash)
-        try:
-            folder.rename(out)
-        except OSError:
-            if trash.exists():
-                trash.rename(out)
-            raise
-        fsync_folder(parent)
-        shutil.rmtree(trash, ignore_errors=True)
+        with _locked(folder, needed=False):
+            yield folder
+            trash = parent / f".{out.name}{_REPLACED}{uuid.uuid4().hex[:8]}"
+            if out.exists():
+                out.rename(trash)
+            try:
+                folder.rename(out)
+            except OSError:
+                if trash.exists():
+                    trash.rename(out)
+                raise
+            sync_folder(parent)
+            shutil.rmtree(trash, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear_leftovers(out: Path) -> None:
+    """Delete what a killed process left beside ``out``, or put the earlier data set back that it had moved aside.
+
+    Whoever builds a folder holds a lock on it, which ends with the process. While one is at work nothing is touched.
+    """
+    parent = out.resolve().parent
+    building = list(parent.glob(f".{glob.escape(out.name)}{_BUILDING}*"))
+    replaced = list(parent.glob(f".{glob.escape(out.name)}{_REPLACED}*"))
+    try:
+        for folder in building:
+            with _locked(folder, needed=True):
+                shutil.rmtree(folder, ignore_errors=True)
+    except OSError:  # locked, or on a file system without locks
+        return
+    for folder in replaced:
+        if out.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            folder.rename(out)
+
+
+@contextmanager
+def _locked(folder: Path, needed: bool) -> Iterator[None]:
+    """Hold a lock on a folder. Raises OSError where it is ``needed`` and cannot be had."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if needed:
+                raise
+        yield
+    finally:
+        os.close(handle)
 
 
 def _build(
@@ -316,9 +368,20 @@ def run(args: argparse.Namespace) -> int:
             raise DataError("name at least one file or folder of text")
         fields = {name: getattr(args, name) for name in Options.__dataclass_fields__}
         fields |= {"extensions": tuple(args.extensions), "exclude": tuple(args.exclude)}
-        dataset = prepare(args.inputs, args.out, console=console, **fields)
+        with _sigterm_unwinds():
+            dataset = prepare(args.inputs, args.out, console=console, **fields)
     print_summary(dataset, console)
     return 0
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """SIGTERM leaves by way of an exception, which removes the unfinished folder."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def print_summary(dataset: Dataset, console: Console) -> None:

@@ -2,11 +2,14 @@
 
 import fcntl
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from infir2.config import TrainingConfig, to_toml
+from infir2.data.tokenizer import copy_tokenizer
+from infir2.durable import replace_file, unused_name
 from infir2.errors import UserError
 from infir2.fp8.convert import SwapReport
 from infir2.parallel.runtime import World
@@ -23,6 +26,8 @@ def locked(run: Path, world: World) -> Iterator[None]:
     if not world.is_main:
         yield
         return
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run}: is a file, but a run needs a folder; give another --run")
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = open(run / ".lock", "a")  # noqa: SIM115 - held open for as long as the lock is wanted
@@ -38,15 +43,44 @@ def locked(run: Path, world: World) -> Iterator[None]:
         yield
 
 
+def exit_code(stopped: signal.Signals | None, config: TrainingConfig, world: World) -> int:
+    """A training stage's exit code, as a shell would give it; tells how to go on where a signal ended the run."""
+    if stopped is None:
+        return 0
+    if world.is_main:
+        print(f"stopped on request; run the same command to resume {config.run}")
+    return 128 + stopped
+
+
+def keep_tokenizer(source: Path | None, run: Path) -> None:
+    """Copy the tokenizer that a model is trained with to run/tokenizer, where its checkpoints name it."""
+    folder = run / "tokenizer"
+    if source is not None and source.resolve() != folder.resolve():
+        copy_tokenizer(source, folder)
+
+
 def describe(config: TrainingConfig, run: Path, report: SwapReport, world: World) -> None:
-    """Write config.toml and run.json: what is run, by which command, on what."""
+    """Write config.toml and run.json: what is run, by which command, on what.
+
+    An earlier config.toml that says something else is kept as config.1.toml, config.2.toml, ...
+    """
     record = {
         **environment(),
         "processes": world.size,
         "fp8": {"recipe": report.recipe, "converted": len(report.converted), "kept": report.kept},
     }
+    current, text = run / "config.toml", to_toml(config).encode()
+    if current.exists() and (earlier := current.read_bytes()) != text:
+        replace_file(unused_name(current), earlier)
+    replace_file(current, text)
+    replace_file(run / "run.json", json.dumps(record, indent=1).encode())
+
+
+@contextmanager
+def writing(run: Path) -> Iterator[None]:
+    """Raise UserError, naming the file, where something cannot be written into the run folder."""
     try:
-        (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        (run / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        yield
     except OSError as error:
-        raise UserError(f"{error.filename or run}: cannot be written: {error.strerror}") from None
+        reason = f"{error.filename or run}: cannot be written: {error.strerror or error}"
+        raise UserError(f"{reason}; make room or mend it, and run the same command again") from None

@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infir2.config import ChatDataSection, SftConfig, check_ramps, describe, load
+from infir2.config import ChatDataSection, RlConfig, SftConfig, check_ramps, describe, load
 from infir2.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
+    import signal
+
     from infir2.data.chat import ChatTokenizer
     from infir2.data.sft import RowCounts, SftLoader, TokenRows
     from infir2.model.config import ModelConfig
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from infir2.parallel.runtime import world
+    from infir2.stages.run_folder import exit_code
 
     config = load(SftConfig, args.recipe, args.overrides)
     with world(config.parallel.replicate) as here:
@@ -45,12 +48,7 @@ def run(args: argparse.Namespace) -> int:
             if here.is_main:
                 print(plan(config, here))
             return 0
-        finished = train_sft(config, here)
-    if not finished:
-        if here.is_main:
-            print(f"stopped on request; run the same command to resume {config.run}")
-        return 143
-    return 0
+        return exit_code(train_sft(config, here), config, here)
 
 
 def plan(config: SftConfig, world: "World") -> str:
@@ -65,8 +63,8 @@ def plan(config: SftConfig, world: "World") -> str:
     return "\n".join([describe_run(config, architecture, world.size, work), *_data_lines(data, loader)])
 
 
-def train_sft(config: SftConfig, world: "World") -> bool:
-    """Run or resume supervised fine-tuning. Returns False where a signal ended it early."""
+def train_sft(config: SftConfig, world: "World") -> "signal.Signals | None":
+    """Run or resume supervised fine-tuning. Returns the signal that ended it early, if any."""
     import torch
 
     from infir2.model.attention import document_attention
@@ -80,31 +78,33 @@ def train_sft(config: SftConfig, world: "World") -> bool:
     dtype = getattr(torch, config.model.dtype)
     data = StageData(
         loop=config.train.with_steps(loader.steps),
-        batches=lambda first, last, offset: loader.stream(first, last),
+        batches=lambda first, last, offset, _: loader.stream(first, last),
         held_out=lambda: loader.held_out(rows.validation, config.train.eval_sequences),
         attention_for=lambda batch: document_attention(batch, dtype),
         fingerprint=loader.fingerprint(rows.sha256),
-        attention_span=rows.train.attention_span,
         order_keys="rows, tokenizer, chat template, max_length, held-out rows or seed",
         continues=False,
-        step_values=loader.values,
+        step_values=lambda step, _: loader.values(step),
         summary=_data_event(rows, loader),
-        write=lambda run: _keep_tokenizer(tokenizer, chat.template, run / "tokenizer"),
+        write=lambda run: keep_tokenizer(tokenizer, chat.template, run / "tokenizer"),
     )
     return run_training(config, world, data, architecture, Path(config.run) / "tokenizer")
 
 
-def open_model(config: SftConfig) -> "tuple[ChatTokenizer, Path, ModelConfig]":
+def open_model(config: SftConfig | RlConfig) -> "tuple[ChatTokenizer, Path, ModelConfig]":
     """The recipe's chat tokenizer, its folder, and the architecture; checks that they fit each other."""
     from infir2.data.chat import ChatTokenizer, choose_template
     from infir2.data.tokenizer import load_tokenizer, vocabulary_size
-    from infir2.stages.training import model_config
+    from infir2.stages.data_check import check_same_ids
+    from infir2.stages.training import model_config, starting_tokenizer
 
     folder = _tokenizer_folder(config)
+    if (known := starting_tokenizer(config)) is not None:
+        check_same_ids(known, folder)
     tokenizer = load_tokenizer(folder)
     size = vocabulary_size(tokenizer)
     architecture = model_config(config, size)
-    architecture.check_sequence_length(config.data.max_length, "data.max_length")
+    architecture.check_sequence_length(*config.longest)
     if size > architecture.vocab_size:
         raise DataError(f"{folder}: the tokenizer has {size} tokens, but the model has {architecture.vocab_size}")
     return ChatTokenizer(tokenizer, choose_template(tokenizer, config.data.chat_template)), folder, architecture
@@ -115,6 +115,8 @@ def open_loader(config: SftConfig, data: "SftRows", world: "World") -> "SftLoade
     from infir2.data.sft import SftLoader
 
     train, tokens = config.train, config.data.max_tokens_per_gpu
+    if not len(data.train):
+        raise DataError(f"data.train: no row is left to train on: {data.counts['train'].summary()}")
     loader = SftLoader(data.train, train.seed, train.global_batch, train.epochs, tokens, world.rank, world.size)
     try:
         check_ramps(config.optim, loader.steps)
@@ -152,7 +154,7 @@ def tokenize(config: SftConfig, chat: "ChatTokenizer", show_progress: bool) -> S
 
     def read(name: str, key: str) -> Any:
         ledger = RowLedger(data.max_bad_rows, "data.max_bad_rows")
-        with _progress(f"tokenising {key}", show_progress) as progress:
+        with progress_bar(f"tokenising {key}", show_progress) as progress:
             source = ConversationSource(name, key)
             return tokenize_rows(source, chat, data.max_length, data.too_long, ledger, progress)
 
@@ -234,7 +236,7 @@ def _save_rows(rows: SftRows, folder: Path, key: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _tokenizer_folder(config: SftConfig) -> Path:
+def _tokenizer_folder(config: SftConfig | RlConfig) -> Path:
     """The recipe's tokenizer: the one it names, else that of the model that training starts from."""
     from infir2.stages.training import starting_meta
 
@@ -251,7 +253,7 @@ def _tokenizer_folder(config: SftConfig) -> Path:
     raise ConfigError("data.tokenizer: required, because the model that training starts from does not bring one")
 
 
-def _keep_tokenizer(source: Path, template: str, folder: Path) -> None:
+def keep_tokenizer(source: Path, template: str, folder: Path) -> None:
     """The tokenizer and the chat template that the model is trained with, in the run folder."""
     from infir2.data.tokenizer import copy_tokenizer
 
@@ -283,7 +285,7 @@ def _data_event(data: SftRows, loader: "SftLoader") -> dict[str, Any]:
 
 
 @contextmanager
-def _progress(what: str, show: bool) -> Iterator[Callable[[float], object]]:
+def progress_bar(what: str, show: bool) -> Iterator[Callable[[float], object]]:
     """A bar on the terminal that is told the share that is done."""
     from rich.console import Console
     from rich.progress import Progress

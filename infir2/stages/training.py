@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 
 from infir2.checkpoint.huggingface import load_into, read_config
 from infir2.checkpoint.state import model_state, optimizer_state
-from infir2.checkpoint.store import CheckpointStore, peek_meta
+from infir2.checkpoint.store import CheckpointStore, peek_meta, read_meta
 from infir2.config import TrainingConfig, TrainSection
+from infir2.data.tokenizer import has_tokenizer
 from infir2.errors import CheckpointError
 from infir2.fp8.convert import SwapReport, convert, keep_outer_layers, refresh_weights
 from infir2.fp8.recipe import recipe_named
@@ -21,12 +23,13 @@ from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
 from infir2.parallel.apply import fill, parallelize
 from infir2.parallel.runtime import World
-from infir2.stages.run_folder import describe, locked
+from infir2.stages.resume import changes_on_resume
+from infir2.stages.run_folder import describe, locked, writing
 from infir2.train.loop import Callbacks, Progress, train
 from infir2.train.metrics import MetricsWriter
 from infir2.train.optimizer import build_optimizer
 from infir2.train.schedule import learning_rate
-from infir2.train.step import AttentionFor, evaluate
+from infir2.train.step import AttentionFor, Objective, StepResult, cross_entropy, evaluate
 from infir2.types import Batch
 
 
@@ -36,25 +39,31 @@ class StageData:
 
     loop: TrainSection
     """The recipe's train section, with its number of steps."""
-    batches: Callable[[int, int, int], Iterator[Sequence[Batch]]]
-    """(first step, last step, samples used before step 1) -> this rank's micro-batches, steps from 1, last included."""
+    batches: Callable[[int, int, int, Callable[[], object]], Iterator[Sequence[Batch]]]
+    """(first step, last step, samples used before step 1, interrupted) -> this rank's micro-batches, steps from 1, last
+    included (see Callbacks)."""
     held_out: Callable[[], Sequence[Batch]]
     """This rank's held-out batches; the same number on every rank."""
     attention_for: AttentionFor
     fingerprint: dict[str, Any]
     """Decides, by its key ``sha256``, whether a checkpoint was made with the same data in the same order."""
-    attention_span: float | None = None
-    """Mean number of positions a token attends to, for the count of FLOPs; None for whole causal sequences."""
-    sequence_length: int = 0
-    """Tokens per sequence; needed where there is no attention_span."""
     order_keys: str = "sources, weights, seq_len or seed"
     """What in the recipe decides the fingerprint, for the message about one that changed."""
     continues: bool = True
     """Whether a run that starts from another run's checkpoint goes on where that one was in the same data."""
-    step_values: Callable[[int], Mapping[str, float]] = lambda step: {}
-    """Step -> more numbers for its line of metrics (see Callbacks)."""
+    step_values: Callable[[int, StepResult], Mapping[str, float]] = lambda step, result: {}
+    """More numbers for a step's line of metrics (see Callbacks)."""
+    objective: Objective = cross_entropy
+    together: int = 1
+    """Steps between two of which nothing can be saved (see Callbacks)."""
+    begin: Callable[[CausalLM, Progress, MetricsWriter], None] = lambda model, progress, metrics: None
+    """Called once before the first step, when the model has the weights that training starts from."""
+    evaluate: Callable[[Callable[[], object]], Mapping[str, float]] | None = None
+    """Held-out results now (see Callbacks); None: the loss on ``held_out``."""
     summary: Mapping[str, Any] = field(default_factory=dict)
     """What the data hold, for an event in the metrics; empty = no event."""
+    check: Callable[[Path], None] = lambda run: None
+    """Looks, on every rank, at whether the files are whole; may remember in the run folder what it has seen."""
     write: Callable[[Path], None] = lambda run: None
     """Writes what the stage keeps in its run folder."""
 
@@ -63,6 +72,13 @@ def starting_meta(config: TrainingConfig) -> dict[str, Any] | None:
     """meta.json of the checkpoint that training starts from: the run's own newest, else that of [init], else None."""
     found = peek_meta(Path(config.run) / "checkpoints")
     return found or (peek_meta(config.init.checkpoint) if config.init.checkpoint else None)
+
+
+def starting_tokenizer(config: TrainingConfig) -> Path | None:
+    """Folder of the tokenizer that the weights which training starts from know; None for random or unknown ones."""
+    meta = starting_meta(config)
+    name = meta.get("tokenizer") if meta else config.model.path
+    return Path(name) if name and has_tokenizer(Path(name)) else None
 
 
 def model_config(config: TrainingConfig, vocab_size: int) -> ModelConfig:
@@ -93,7 +109,7 @@ def build_model(config: TrainingConfig, architecture: ModelConfig, world: World)
     names = [name for name, _ in model.named_parameters()]
     fp8 = config.fp8
     keep = keep_outer_layers(architecture.num_hidden_layers, fp8.bf16_first_layers, fp8.bf16_last_layers)
-    report = convert(model, recipe_named(fp8.recipe, fp8.scale_format), keep)
+    report = convert(model, recipe_named(fp8.recipe, fp8.scale_format), keep, fp8.mlp_activations)
     parallelize(
         model,
         model.model.layers,
@@ -115,8 +131,8 @@ def build_model(config: TrainingConfig, architecture: ModelConfig, world: World)
 
 def run_training(
     config: TrainingConfig, world: World, data: StageData, architecture: ModelConfig, tokenizer: Path | None
-) -> bool:
-    """Train one stage to its end, resuming where its run folder says. Returns False where a signal ended it early."""
+) -> signal.Signals | None:
+    """Train one stage, resuming where its run folder says. Returns the signal that ended it early, if any."""
     run, settings = Path(config.run), data.loop
     with locked(run, world):
         seed_everything(config)
@@ -127,33 +143,41 @@ def run_training(
         ) as store:
             state = {"model": model_state(model), "optim": optimizer_state(model, optimizer)}
             start = _restore(config, store, state, architecture, data)
+            data.check(run)
             refresh_weights(model)  # the codes of the first forward pass
             if world.is_main:
-                describe(config, run, report, world)
+                with writing(run):
+                    describe(config, run, report, world)
+                    data.write(run)
                 print(report)
-                data.write(run)
             with _open_metrics(config, world, start, data) as metrics:
                 if start.progress.step >= settings.steps:
-                    return True
+                    return None
                 facts = {
                     "data": data.fingerprint,
                     "data_offset": start.data_offset,
                     "global_batch": settings.global_batch,
+                    "steps": settings.steps,
                     "architecture": architecture.to_hf(),
                     "tokenizer": str(tokenizer.resolve()) if tokenizer else None,
                     "config": config.model_dump(mode="json"),
                 }
                 held_out = data.held_out() if settings.eval_every else []
+                saver = _Saver(store, model, optimizer, metrics, facts)
                 callbacks = Callbacks(
-                    batches=lambda first, last: data.batches(first, last, start.data_offset),
+                    batches=lambda first, last, interrupted: data.batches(first, last, start.data_offset, interrupted),
                     learning_rate=lambda step: learning_rate(step, settings.steps, config.optim),
-                    evaluate=lambda: evaluate(model, held_out, world, data.attention_for),
-                    save=_saver(store, model, optimizer, metrics, facts),
-                    poll=store.poll,
-                    finish=store.wait,
+                    evaluate=data.evaluate
+                    or (lambda _: {"eval_loss": evaluate(model, held_out, world, data.attention_for)}),
+                    save=saver.save,
+                    poll=saver.poll,
+                    finish=saver.finish,
                     attention_for=data.attention_for,
+                    objective=data.objective,
                     step_values=data.step_values,
+                    together=data.together,
                 )
+                data.begin(model, start.progress, metrics)
                 return train(
                     model,
                     optimizer,
@@ -163,7 +187,7 @@ def run_training(
                     metrics,
                     callbacks,
                     clip=config.optim.clip,
-                    flops_per_token=architecture.flops_per_token(data.sequence_length, data.attention_span),
+                    flops_per_token=lambda span: architecture.flops_per_token(0, span),
                     log=config.log,
                     health_every=config.fp8.health_every if report.converted else 0,
                     trace_folder=run / "profile",
@@ -189,21 +213,30 @@ def _open_metrics(config: TrainingConfig, world: World, start: "_Start", data: S
     return metrics
 
 
-def _saver(
-    store: CheckpointStore,
-    model: CausalLM,
-    optimizer: torch.optim.Optimizer,
-    metrics: MetricsWriter,
-    facts: dict[str, Any],
-) -> Callable[[Progress], None]:
-    """Saves everything a resume needs; ``facts`` is what stays the same over the run."""
+@dataclass(frozen=True)
+class _Saver:
+    """Saves everything a resume needs, and tells the metrics of each checkpoint once it is on disk."""
 
-    def save(at: Progress) -> None:
-        tensors = {"model": model_state(model), "optim": optimizer_state(model, optimizer)}
-        store.save(at.step, tensors, {"progress": at.to_json(), **facts})
-        metrics.event(at.step, "checkpoint", path=str(store.root / f"step-{at.step:06d}"))
+    store: CheckpointStore
+    model: CausalLM
+    optimizer: torch.optim.Optimizer
+    metrics: MetricsWriter
+    facts: dict[str, Any]
+    """What meta.json holds beside the progress: the same over the whole run."""
 
-    return save
+    def save(self, at: Progress) -> None:
+        tensors = {"model": model_state(self.model), "optim": optimizer_state(self.model, self.optimizer)}
+        self.store.save(at.step, tensors, {"progress": at.to_json(), **self.facts})
+
+    def poll(self) -> None:
+        self._tell(self.store.poll())
+
+    def finish(self) -> None:
+        self._tell(self.store.wait())
+
+    def _tell(self, saved: Sequence[int]) -> None:
+        for step in saved:
+            self.metrics.event(step, "checkpoint", path=str(self.store.folder(step)))
 
 
 @dataclass(frozen=True)
@@ -222,7 +255,8 @@ def _restore(
     newest = store.latest()
     events: list[tuple[str, dict[str, Any]]] = [("damaged_checkpoint", {"problem": p}) for p in store.problems]
     if newest is not None:
-        meta = _load(store, newest, state, architecture)
+        meta = read_meta(newest)  # the tensors are loaded when nothing speaks against it
+        _check_architecture(newest, meta, architecture, "Restore it, or give another run folder with --run")
         if meta["data"]["sha256"] != data.fingerprint["sha256"]:
             raise CheckpointError(
                 f"{newest}: was made with other data or another order ({data.order_keys} changed); "
@@ -233,27 +267,34 @@ def _restore(
                 f"{newest}: was made with train.global_batch = {meta['global_batch']}, the recipe says "
                 f"{config.train.global_batch}; restore it, or start a new run with init.checkpoint"
             )
+        changes = changes_on_resume(config, data.loop.steps, meta, newest)
+        store.load(newest, state)
         events.append(("resume", {"from": str(newest)}))
+        events += [("recipe_changed", {"change": change}) for change in changes]
         return _Start(Progress(**meta["progress"]), meta["data_offset"], events)
     if config.init.checkpoint is None:
         return _Start(Progress(), 0, events)
     source = store.find(config.init.checkpoint)
     wanted = state if config.init.keep_optimizer else {"model": state["model"]}
-    meta = _load(store, source, wanted, architecture, ignore=() if config.init.keep_optimizer else ("optim",))
+    _check_architecture(source, read_meta(source), architecture, "Name another, or leave out the model section")
+    meta = store.load(source, wanted, ignore=() if config.init.keep_optimizer else ("optim",))
     same_data = data.continues and meta["data"]["sha256"] == data.fingerprint["sha256"]
     seen = meta["data_offset"] + meta["progress"]["step"] * meta["global_batch"]
     events.append(("init", {"from": str(source), "data": "continued" if same_data else "from its beginning"}))
     return _Start(Progress(), seen if same_data else 0, events)
 
 
-def _load(
-    store: CheckpointStore, path: Path, state: dict[str, Any], architecture: ModelConfig, ignore: Sequence[str] = ()
-) -> dict[str, Any]:
-    meta = store.load(path, state, ignore)
+def _check_architecture(path: Path, meta: Mapping[str, Any], architecture: ModelConfig, cure: str) -> None:
+    """Raise CheckpointError, naming the fields, where a checkpoint holds another model than the recipe's."""
     trained = from_hf(meta["architecture"], f"{path}/meta.json")
-    if trained != dataclasses.replace(architecture, initializer_range=trained.initializer_range):
-        raise CheckpointError(f"{path}: holds another architecture than the recipe's model section describes")
-    return meta
+    ours, theirs = dataclasses.asdict(architecture), dataclasses.asdict(trained)
+    differ = [f"{key} {theirs[key]} (the recipe's: {ours[key]})" for key in ours if ours[key] != theirs[key]]
+    if differ := [line for line in differ if not line.startswith("initializer_range ")]:
+        more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
+        raise CheckpointError(
+            f"{path}: holds another model than the recipe's model section describes: {', '.join(differ[:4])}{more}. "
+            f"{cure}"
+        )
 
 
 def seed_everything(config: TrainingConfig) -> None:

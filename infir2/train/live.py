@@ -28,6 +28,8 @@ class LiveLine:
         self._console = console or Console(file=sys.stdout, highlight=False)
         self._started = self._shown_at = time.monotonic()
         self._shown_step = -1
+        self._told_at = self._started
+        self.doing = ""
         self._pace = deque([(self._started, first_step)], maxlen=50)
         self._live: Live | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -38,7 +40,7 @@ class LiveLine:
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Show a step. Redraws at most ten times a second on a terminal, far more rarely elsewhere."""
         now = time.monotonic()
-        self.step = step
+        self.step, self.doing = step, ""
         self._pace.append((now, step))
         self.remember(values)
         if self._live:
@@ -52,6 +54,17 @@ class LiveLine:
     def remember(self, values: Mapping[str, float]) -> None:
         """Keep values (FP8 health, say) for the next update."""
         self.values.update(values)
+
+    def activity(self, text: str) -> None:
+        """Show what is going on within a step: at most ten times a second on a terminal, now and then elsewhere."""
+        self.doing = text
+        now = time.monotonic()
+        if self._live and now - self._shown_at >= REFRESH_SECONDS:
+            self._shown_at = now
+            self._live.update(self._panel(), refresh=True)
+        elif not self._live and now - max(self._shown_at, self._told_at) >= PLAIN_SECONDS[0]:
+            self._told_at = now
+            self._print(f"step {self.step + 1}/{self.total}: {text}")
 
     def message(self, text: str) -> None:
         """A line that stays above the live lines."""
@@ -90,7 +103,8 @@ class LiveLine:
         head.add_column(ratio=1)
         head.add_column(no_wrap=True, justify="right")
         eta = self.eta_seconds()
-        right = Text(f"{self.step}/{self.total}", style="bold")
+        right = Text(f"{self.doing}  " if self.doing else "", style="dim")
+        right.append(f"{self.step}/{self.total}", style="not dim bold")
         right.append(f"  {self.step / max(self.total, 1):.1%}", style="not bold cyan")
         right.append(f"  ETA {duration(eta) if eta is not None else '-'}", style="not bold")
         head.add_row(Text(self.name, style="bold"), ProgressBar(self.total, self.step), right)
@@ -106,6 +120,7 @@ def readings(values: Mapping[str, float]) -> list[tuple[str, str]]:
     shown = []
     for key, label, write in (
         ("loss", "loss", lambda v: f"{v:.4f}"),
+        ("reward", "reward", lambda v: f"{v:.3f}"),
         ("lr", "lr", lambda v: f"{v:.2e}"),
         ("grad_norm", "grad", lambda v: f"{v:.3g}"),
         ("tokens_per_s", "tokens/s", count),

@@ -7,7 +7,7 @@ are callbacks. The only state it owns is ``Progress``.
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,12 @@ from infir2.config import LogSection, TrainSection
 from infir2.errors import TrainingStopped
 from infir2.fp8.health import measure
 from infir2.parallel.runtime import World
+from infir2.train.interrupt import Interrupt
 from infir2.train.metrics import MetricsWriter
 from infir2.train.optimizer import set_learning_rate
-from infir2.train.step import AttentionFor, StepResult, train_step
+from infir2.train.peak import peak_tflops
+from infir2.train.step import AttentionFor, Objective, StepResult, cross_entropy, train_step, trial_pass
 from infir2.types import Batch
-
-# Dense bfloat16 peak of one device in TFLOP/s (vendor data sheets): what MFU is measured against, in FP8 too.
-_PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "H20": 148.0, "A100": 312.0, "B200": 2250.0}
 
 
 @dataclass
@@ -48,12 +47,13 @@ class Progress:
 class Callbacks:
     """What the loop asks of the stage that runs it."""
 
-    batches: Callable[[int, int], Iterator[Sequence[Batch]]]
-    """(first step, last step) -> this rank's micro-batches of each step, steps counted from 1, last included."""
+    batches: Callable[[int, int, Callable[[], object]], Iterator[Sequence[Batch]]]
+    """(first step, last step, interrupted) -> this rank's micro-batches of each step, steps counted from 1, last
+    included. Who takes long to make them may ask ``interrupted()``, and end on a true answer."""
     learning_rate: Callable[[int], float]
     """Step (1-based) -> learning rate."""
-    evaluate: Callable[[], float]
-    """Held-out loss now."""
+    evaluate: Callable[[Callable[[], object]], Mapping[str, float]]
+    """Held-out results now. Who takes long may ask the function that is given, and return nothing on a true answer."""
     save: Callable[[Progress], None]
     """Save a checkpoint of everything."""
     poll: Callable[[], None]
@@ -61,9 +61,13 @@ class Callbacks:
     finish: Callable[[], None]
     """Return when every save is on disk; raise if one failed."""
     attention_for: AttentionFor
-    step_values: Callable[[int], Mapping[str, float]] = lambda step: {}
-    """Step -> more numbers for its line of metrics. ``processed_tokens`` among them, where a step reads more tokens
-    than it trains on, is what speed and FLOPs are counted for."""
+    objective: Objective = cross_entropy
+    step_values: Callable[[int, StepResult], Mapping[str, float]] = lambda step, result: {}
+    """More numbers for a step's line of metrics, asked for right after the step. ``processed_tokens`` among them, where
+    some of a batch's tokens are filling, is what speed and FLOPs are counted for."""
+    together: int = 1
+    """Steps that share what cannot be made again after a resume: the state is saved, and a signal obeyed, only where a
+    multiple of them is done."""
 
 
 def train(
@@ -76,50 +80,71 @@ def train(
     callbacks: Callbacks,
     *,
     clip: float,
-    flops_per_token: float,
+    flops_per_token: Callable[[float], float],
     log: LogSection,
     health_every: int = 0,
     trace_folder: Path | None = None,
-) -> bool:
-    """Train from ``progress.step`` to ``config.steps``. Returns False where SIGTERM or SIGINT ended it early.
+) -> signal.Signals | None:
+    """Train from ``progress.step`` to ``config.steps``. Returns the signal that ended it early, else None.
 
-    A signal is obeyed at the end of the step: the state is saved and the call returns. Raises TrainingStopped after
-    ``config.max_skipped_steps`` skipped steps in a row, and whatever a failed background save raises.
+    SIGTERM and SIGINT are obeyed between two micro-batches (but see ``Callbacks.together``): the step that was begun is
+    dropped, the last finished one is saved and the call returns. ``flops_per_token`` maps the mean number of positions
+    that a token attends to, to model FLOPs. Raises TrainingStopped after ``config.max_skipped_steps`` skipped steps in
+    a row or where every step was skipped, and on all ranks what a background save or the metrics of one of them raise.
     """
-    meter = _Meter(world, flops_per_token)
-    with _StopSignal() as stop, _profiler(log.profile_steps, trace_folder, progress.step) as profiler:
-        for batches in callbacks.batches(progress.step + 1, config.steps):
+    meter, saved = _Meter(world, flops_per_token), progress.step
+    with (
+        Interrupt(world, callbacks.poll, callbacks.finish) as interrupt,
+        _profiler(log.profile_steps, trace_folder, progress.step, world.rank) as profiler,
+    ):
+        for batches in callbacks.batches(progress.step + 1, config.steps, interrupt.check):
             step = progress.step + 1
             lr = callbacks.learning_rate(step)
             set_learning_rate(optimizer, lr)
             measured = health_every > 0 and (step == 1 or step % health_every == 0)
-            with _measuring(model, metrics, step) if measured else nullcontext():
-                result = train_step(
-                    model, optimizer, batches, world, callbacks.attention_for, clip, stop_requested=stop.requested
-                )
+            health = _fp8_health(model, batches[0], world, callbacks) if measured else {}
+            result = train_step(
+                model,
+                optimizer,
+                batches,
+                world,
+                callbacks.attention_for,
+                clip,
+                interrupted=interrupt.check if progress.step % callbacks.together == 0 else lambda: None,
+                objective=callbacks.objective,
+            )
+            if result is None:
+                break
             _advance(progress, result)
             if profiler is not None:
                 profiler.step()
-            if step % log.every == 0 or result.skipped or step == config.steps:
-                metrics.log(step, meter.read(progress, result, lr, callbacks.step_values(step)))
-            if result.skipped:
-                metrics.event(step, "skip", loss=result.loss, grad_norm=result.grad_norm)
-            callbacks.poll()
-            if progress.skipped_in_a_row >= config.max_skipped_steps:
-                raise TrainingStopped(_too_many_skips(progress, result))
             last = step == config.steps
+            with interrupt.deferring():
+                if health:
+                    metrics.health(step, health)
+                if step % log.every == 0 or result.skipped or last:
+                    metrics.log(step, meter.read(progress, result, lr, callbacks.step_values(step, result)))
+                if result.skipped:
+                    metrics.event(step, "skip", loss=result.loss, grad_norm=result.grad_norm)
+            _check_skips(progress, result, config.max_skipped_steps, last)
             if config.eval_every and (step % config.eval_every == 0 or last):
-                metrics.log(step, {"eval_loss": callbacks.evaluate()}, kind="eval")
-            stopping = result.stop_requested and not last
-            if last or stopping or (config.save_every and step % config.save_every == 0):
+                held_out = callbacks.evaluate(interrupt.check)
+                with interrupt.deferring():
+                    if held_out:
+                        metrics.log(step, held_out, kind="eval")
+            if last or (config.save_every and step % config.save_every == 0):
                 callbacks.save(progress)
-            if stopping:
-                callbacks.finish()
-                metrics.event(step, "stopped")
-                return False
+                saved = step
             meter.start()
+        stopped = interrupt.check()
+        if progress.step == config.steps:
+            stopped = None  # too late to cut anything short
+        if stopped and progress.step > saved:
+            callbacks.save(progress)
         callbacks.finish()  # here, where a signal cannot cut the last save short
-    return True
+        if stopped:
+            metrics.event(progress.step, "stopped", signal=stopped.name)
+    return stopped
 
 
 def _advance(progress: Progress, result: StepResult) -> None:
@@ -129,23 +154,28 @@ def _advance(progress: Progress, result: StepResult) -> None:
     progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
 
 
-def _too_many_skips(progress: Progress, result: StepResult) -> str:
-    return (
+def _check_skips(progress: Progress, result: StepResult, limit: int, last: bool) -> None:
+    """Raise TrainingStopped after too many skipped steps in a row, and at the end of a run that skipped them all."""
+    every = progress.skipped == progress.step
+    if progress.skipped_in_a_row < limit and not (last and every):
+        return
+    cure = "Lower optim.lr or start again from an earlier checkpoint with init.checkpoint"
+    if every:
+        cure = "No step was good, so the weights that training starts from may hold NaN or Inf, or not fit the data"
+    raise TrainingStopped(
         f"step {progress.step}: {progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient "
         f"(loss {result.loss:g}, gradient norm {result.grad_norm:g}); the weights are those of the last good step. "
-        "Lower optim.lr or start again from an earlier checkpoint with init.checkpoint"
+        f"{cure}"
     )
 
 
 class _Meter:
     """Time, throughput and memory of one step, counted from the end of the one before."""
 
-    def __init__(self, world: World, flops_per_token: float) -> None:
+    def __init__(self, world: World, flops_per_token: Callable[[float], float]) -> None:
         self.world, self.flops_per_token = world, flops_per_token
-        self.peak = 0.0
-        if world.device.type == "cuda":
-            name = torch.cuda.get_device_name(world.device)
-            self.peak = next((peak for key, peak in _PEAK_TFLOPS.items() if key in name), 0.0) * 1e12
+        on_gpu = world.device.type == "cuda"
+        self.peak = peak_tflops(torch.cuda.get_device_name(world.device)) if on_gpu else None
         self.start()
 
     def start(self) -> None:
@@ -161,57 +191,36 @@ class _Meter:
             "valid_tokens": result.valid_tokens,
             "skipped": progress.skipped,
             "step_time_s": seconds,
-            "tokens_per_s": more.get("processed_tokens", result.valid_tokens) / seconds,
+            "tokens_per_s": more.get("processed_tokens", result.tokens) / seconds,
+            **result.means,
             **more,
         }
-        if self.peak:
-            flops = self.flops_per_token * values["tokens_per_s"]
-            values["mfu"] = flops / (self.peak * self.world.size)
+        if self.peak is not None:
+            flops = self.flops_per_token(result.attended / result.tokens) * values["tokens_per_s"]
+            values["mfu"] = flops / (self.peak * 1e12 * self.world.size)
+        if self.world.device.type == "cuda":
             values["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.world.device) / 1e9
         return values
 
 
-@contextmanager
-def _measuring(model: nn.Module, metrics: MetricsWriter, step: int) -> Iterator[None]:
-    """Measure FP8 health during one step, outside compiled code, and write it (this rank's tokens)."""
+def _fp8_health(model: nn.Module, batch: Batch, world: World, callbacks: Callbacks) -> dict[str, dict[str, float]]:
+    """FP8 health of every layer on one micro-batch of this rank.
+
+    Measured in a pass of its own, outside compiled code: training takes the same course whether it is watched or not.
+    """
     with torch.compiler.set_stance("force_eager"), measure(model) as health:
-        yield
-    layers = health.layers()
-    if layers:
-        metrics.health(step, layers)
-
-
-class _StopSignal:
-    """SIGTERM and SIGINT ask for a stop at the next step boundary; a second SIGINT interrupts at once."""
-
-    def __enter__(self) -> "_StopSignal":
-        self.requested = False
-        self._before: dict[int, Any] = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._before[number] = signal.signal(number, self._handle)
-            except ValueError:  # not the main thread: whoever runs this one handles signals
-                break
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
+        trial_pass(model, batch, world, callbacks.attention_for, callbacks.objective)
+    return health.layers()
 
 
 @contextmanager
-def _profiler(steps: int, folder: Path | None, first_step: int) -> Iterator[Any]:
-    """A torch profiler over ``steps`` steps after the third one; its trace is written into the folder."""
+def _profiler(steps: int, folder: Path | None, first_step: int, rank: int) -> Iterator[Any]:
+    """A torch profiler over ``steps`` steps after the third one; every rank writes its trace into the folder."""
     if not steps or folder is None:
         yield None
         return
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"trace-from-step-{first_step + 4:06d}.json"
+    path = folder / f"trace-from-step-{first_step + 4:06d}-rank-{rank}.json"
     with torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=2, warmup=1, active=steps, repeat=1),
         on_trace_ready=lambda profile: profile.export_chrome_trace(str(path)),

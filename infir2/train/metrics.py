@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from infir2.durable import replace_file, unused_name
 from infir2.errors import UserError
 from infir2.train.live import LiveLine
 
@@ -26,7 +27,8 @@ class MetricsWriter:
     """Writes the metrics of one run; with ``enabled=False`` (every rank but 0) it does nothing and touches no file.
 
     ``first_step`` is the number of optimiser steps already done: lines of later steps, written by a process that was
-    killed after its last checkpoint, are dropped, so that no step appears twice. 0 begins the file anew.
+    killed after its last checkpoint, are dropped, so that no step appears twice. 0 begins the file anew; an earlier one
+    that tells of a checkpoint, which must have been deleted since, is kept as metrics.1.jsonl, metrics.2.jsonl, ...
 
     Raises UserError when metrics.jsonl is damaged or cannot be written, or when wandb is asked for and missing.
     """
@@ -98,6 +100,11 @@ class MetricsWriter:
         self._write(step, "event", {"event": event, **details})
         if self._live:
             self._live.message(" ".join([f"step {step}: {event}", *(f"{k}={v}" for k, v in details.items())]))
+
+    def activity(self, text: str) -> None:
+        """What a long step is doing just now: shown to whoever watches, written nowhere."""
+        if self._live:
+            self._live.activity(text)
 
     def close(self) -> None:
         """Flush and close everything. A second call does nothing; the writer cannot be used afterwards."""
@@ -183,16 +190,15 @@ def _read_lines(path: Path) -> list[tuple[dict[str, Any], bytes]]:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Rewrite metrics.jsonl without the lines after ``step``, in one rename. Step 0 keeps nothing."""
+    """Rewrite metrics.jsonl without the lines after ``step``, in one rename. Step 0 keeps nothing in it."""
     if not path.exists():
         return
-    kept = [line for record, line in _read_lines(path) if record["step"] <= step] if step else []
-    temporary = path.with_suffix(".jsonl.tmp")
-    with open(temporary, "wb") as file:
-        file.writelines(line + b"\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    lines = _read_lines(path)
+    if step == 0 and any(record.get("event") == "checkpoint" for record, _ in lines):
+        path.rename(unused_name(path))
+        return
+    kept = [line for record, line in lines if record["step"] <= step] if step else []
+    replace_file(path, b"".join(line + b"\n" for line in kept))
 
 
 def _finite(value: Any) -> Any:

@@ -1,9 +1,8 @@
 """One optimiser step: accumulate gradients over micro-batches, check, clip, update. And one held-out evaluation."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,16 @@ from infir2.types import Batch
 
 AttentionFor = Callable[[Batch], Callable]
 """Makes the attention back end of one micro-batch."""
+Objective = Callable[[Tensor, Tensor, Batch], tuple[Tensor, Mapping[str, Tensor]]]
+"""``objective(hidden [batch, length, features], head weight [vocabulary, features], micro-batch)`` -> the loss summed
+over the micro-batch's trained-on tokens (scalar), and sums over them of what else is to be known (scalars without
+gradient; the same names for every micro-batch of a step). The step divides all of them by the number of trained-on
+tokens of the global batch."""
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The objective of pre-training and fine-tuning: negative log-likelihood of the labels."""
+    return cross_entropy_sum(hidden.reshape(-1, hidden.shape[-1]), weight, batch.labels.reshape(-1)), {}
 
 
 @dataclass(frozen=True)
@@ -23,15 +32,19 @@ class StepResult:
     """What one optimiser step did; the same on every rank."""
 
     loss: float
-    """Mean negative log-likelihood over all trained-on tokens of the global batch."""
+    """Mean loss (negative log-likelihood, but for RL) over all trained-on tokens of the global batch."""
     grad_norm: float
     """Global L2 norm of the gradient before clipping."""
     valid_tokens: int
     """Trained-on tokens of the global batch."""
     skipped: bool
     """True where loss or gradient was not finite: the weights were left as they were."""
-    stop_requested: bool
-    """True where any rank was asked to stop."""
+    tokens: int
+    """Tokens of the global batch, trained on or not."""
+    attended: int
+    """Pairs of tokens in its causal attention, documents apart: the sum of n(n + 1)/2."""
+    means: Mapping[str, float] = field(default_factory=dict)
+    """What else the objective gave, averaged like the loss."""
 
 
 def train_step(
@@ -41,33 +54,54 @@ def train_step(
     world: World,
     attention_for: AttentionFor,
     clip: float,
-    stop_requested: bool = False,
-) -> StepResult:
+    interrupted: Callable[[], object] = lambda: None,
+    objective: Objective = cross_entropy,
+) -> StepResult | None:
     """Forward and backward over this rank's micro-batches, then one update.
 
     Every micro-batch's loss is divided by the number of trained-on tokens of the whole global batch before its
     backward pass, so accumulation over micro-batches and ranks equals one large batch. A non-finite loss or gradient
     norm is seen by all ranks alike, because both are sums over all ranks.
+
+    ``interrupted`` is asked before every micro-batch and must answer alike on all ranks: on the first true answer the
+    step is dropped and None returned. Weights and optimiser are then those of the step before, ready to be saved; with
+    several ranks the model is good for nothing else, because FSDP2 keeps the dropped gradients.
     """
-    counts = torch.tensor([sum(b.valid_tokens for b in batches), int(stop_requested)], dtype=torch.int64)
-    valid_tokens, stops = world.all_sum(counts.to(world.device)).tolist() if world.size > 1 else counts.tolist()
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    counts = torch.tensor([(b.valid_tokens, b.labels.numel(), b.attended) for b in batches], dtype=torch.int64)
+    valid_tokens, tokens, attended = world.all_sum(counts.sum(0)).tolist()
+    totals: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
+        if interrupted():
+            optimizer.zero_grad(set_to_none=True)
+            return None
         set_gradient_sync(model, index == len(batches) - 1)
-        nll = _nll_sum(model, batch.to(world.device), attention_for)
-        (nll / max(valid_tokens, 1)).backward()
-        total += nll.detach().double()
-    nll_sum, square = world.all_sum(torch.stack([total, local_gradient_square(model)]))
+        loss_sum, others = _loss_sum(model, batch.to(world.device), attention_for, objective)
+        (loss_sum / max(valid_tokens, 1)).backward()
+        for name, value in {"loss": loss_sum, **others}.items():
+            totals[name] = totals.get(name, 0.0) + value.detach().double()
+    square, *sums = world.all_sum(torch.stack([local_gradient_square(model), *totals.values()]))
     # Every shard of the gradient is held by as many processes as there are replicas.
     norm = (square / world.replicas).sqrt().float()
-    loss, grad_norm = torch.stack([nll_sum / max(valid_tokens, 1), norm.double()]).tolist()
+    grad_norm, *values = torch.stack([norm.double(), *(value / max(valid_tokens, 1) for value in sums)]).tolist()
+    means = dict(zip(totals, values))
+    loss = means.pop("loss")
     skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
     if not skipped:
         if clip > 0:
             scale_gradients(model, min(1.0, clip / (grad_norm + 1e-6)))
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, grad_norm, valid_tokens, skipped, stops > 0)
+    return StepResult(loss, grad_norm, valid_tokens, skipped, tokens, attended, means)
+
+
+def trial_pass(
+    model: nn.Module, batch: Batch, world: World, attention_for: AttentionFor, objective: Objective = cross_entropy
+) -> None:
+    """Forward and backward over one micro-batch for those who watch (FP8 health); its gradient is dropped."""
+    set_gradient_sync(model, True)
+    loss_sum, _ = _loss_sum(model, batch.to(world.device), attention_for, objective)
+    (loss_sum / max(batch.valid_tokens, 1)).backward()
+    model.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
@@ -77,7 +111,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], world: World, attention
     model.eval()
     try:
         for batch in batches:
-            sums[0] += _nll_sum(model, batch.to(world.device), attention_for).double()
+            sums[0] += _loss_sum(model, batch.to(world.device), attention_for, cross_entropy)[0].double()
             sums[1] += batch.valid_tokens
     finally:
         model.train()
@@ -103,10 +137,10 @@ def scale_gradients(model: nn.Module, factor: float) -> None:
         torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], factor)
 
 
-def _nll_sum(model: nn.Module, batch: Batch, attention_for: AttentionFor) -> Tensor:
-    head = partial(_head, labels=batch.labels)
+def _loss_sum(
+    model: nn.Module, batch: Batch, attention_for: AttentionFor, objective: Objective
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return objective(hidden, weight, batch)
+
     return model(batch.input_ids, batch.position_ids, attention_for(batch), head=head)
-
-
-def _head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy_sum(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1))

@@ -1,7 +1,9 @@
 """Two torchrun processes (gloo, FSDP2) against one: losses, resharded resume, skips, signals, FP8 codes, mistakes."""
 
+import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -29,10 +31,12 @@ ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {"train.steps": 10, "train.eval_every": 5, "train.save_every": 5, "train.global_batch": 8}
 
 
-def torchrun(*words: str) -> subprocess.Popen[str]:
+def torchrun(*words: str, **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
+    )
 
 
 def two_processes(*words: str) -> None:
@@ -86,14 +90,17 @@ def test_two_processes_train_like_one(
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_resume_with_another_number_of_processes(recipe: Recipe) -> None:
-    """bfloat16 and FP8 with accumulation: two processes against one; 1 -> 2 and 2 -> 1 against the run they continue."""
-    settings = SETTINGS | {"model.dtype": "bfloat16"}
+    """bfloat16 and FP8, two micro-batches: two processes against one; 1 -> 2 and 2 -> 1 against the run they continue.
+
+    (With four, the order of their sum depends on the processes, and on some CPUs its last bit moves an FP8 code.)
+    """
+    settings = SETTINGS | {"model.dtype": "bfloat16", "train.global_batch": 4}
     alone, one = recipe("one", **settings)
     one_process(alone)
     together, two = recipe("two", **settings)
     two_processes("-m", "infir2", "cpt", str(together))
     print(f"whole: {max(drift(two, one)):.1e}")
-    assert max(drift(two, one)) < 1e-5
+    assert max(drift(two, one)) < 1e-12
 
     for start, name in ((one, "one_then_two"), (two, "two_then_one")):
         path, run = recipe(name, **settings)
@@ -107,8 +114,8 @@ def test_resume_with_another_number_of_processes(recipe: Recipe) -> None:
         differences = drift(run, start)
         print(f"{name}: first resumed loss {differences[6]:.1e}, largest {max(differences):.1e}")
         assert differences[:6] == [0.0] * 6, "five steps and an evaluation that were not done again"
-        assert differences[6] < 1e-6
-        assert max(differences) < 1e-5
+        assert differences[6] < 1e-12
+        assert max(differences) < 1e-12
 
 
 @pytest.mark.slow
@@ -124,7 +131,7 @@ def test_a_bad_number_on_one_rank_skips_the_step_on_all(recipe: Recipe, tmp_path
         assert math.isfinite(note["steps"][4]["loss"])
         assert math.isnan(note["steps"][4]["grad_norm"])
         # Once before the first step and once for each of the four updates, for two micro-batches and an evaluation.
-        assert note["quantised"] == 14 * 5
+        assert note["quantised"] == 8 * 5  # two layers of qkv, o, gate and up, down
         assert not any(note["stale"])
     numbers = [[(step["loss"], step["grad_norm"]) for step in note["steps"] if not step["skipped"]] for note in notes]
     assert numbers[0] == numbers[1]
@@ -146,8 +153,10 @@ def test_a_bad_number_on_one_rank_skips_the_step_on_all(recipe: Recipe, tmp_path
 
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves(recipe: Recipe) -> None:
+    """Both ranks drop the same unfinished step, and what they save is the run that was not stopped, bit for bit."""
     settings = SETTINGS | {
         "train.steps": 200,
+        "train.global_batch": 16,  # four micro-batches a process: most signals come in the middle of a step
         "optim.schedule": "constant",
         "train.eval_every": 0,
         "train.save_every": 0,
@@ -170,10 +179,54 @@ def test_sigterm_to_torchrun_saves(recipe: Recipe) -> None:
     store = CheckpointStore(run / "checkpoints")
     assert store.latest() == run / f"checkpoints/step-{last:06d}"
     assert last < 200
+    whole, expected = recipe("whole", **settings | {"train.steps": last + 2})
+    two_processes("-m", "infir2", "cpt", str(whole))
+    two_processes("-m", "infir2", "cpt", str(path), "--train.steps", str(last + 2))
+    assert loss_bits(run) == loss_bits(expected)
+
+
+@pytest.mark.slow
+def test_a_full_disk_on_rank_0_ends_all_ranks(recipe: Recipe) -> None:
+    """A limit on the size of files stands for the disk: metrics.jsonl, which rank 0 alone writes, cannot grow."""
+    settings = {"train.steps": 200, "optim.schedule": "constant", "train.eval_every": 0, "train.save_every": 0}
+    path, run = recipe("full", **SETTINGS | settings)
+    process = torchrun(
+        *("-m", "infir2", "cpt", str(path)), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    )
+    _, err = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert err.count(f"infir2: error: {run}/metrics.jsonl: cannot be written: File too large") == 1, err
+    assert "another process of this run failed; its message says why" in err, "torchrun's summary tells of rank 1"
+    assert 'File "' + str(ROOT / "infir2") not in err, "no traceback of ours"
+
+
+@pytest.mark.slow
+def test_compare_is_written_once(recipe: Recipe, tmp_path: Path) -> None:
+    path, run = recipe("pair", **SETTINGS | {"train.steps": 5, "train.save_every": 0})
+    out = tmp_path / "result.json"
+    process = torchrun(*("-m", "infir2", "compare", str(path), "--precisions", "bf16", "blockwise"),
+                       *("--seeds", "1", "--json", str(out)))  # fmt: skip
+    said, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert said.count("written to") == 1
+    assert json.loads(out.read_text())["difference"]["blockwise"]["seeds"] == [1]
+    assert (run / "report.html").exists()
 
 
 def metrics_lines_so_far(run: Path) -> list[str]:
     return (run / "metrics.jsonl").read_text().splitlines()
+
+
+def test_run_can_be_overridden_under_torchrun(recipe: Recipe, tmp_path: Path) -> None:
+    """torchrun takes --run for an abbreviation of its own --run-path, unless `--` stands before infir2."""
+    path, _ = recipe("elsewhere")
+    words = ("infir2", "cpt", str(path), "--run", str(tmp_path / "here"), "--dry-run")
+    process = torchrun("-m", *words)
+    assert "ambiguous option: --run" in process.communicate(timeout=60)[1], "then the docs can drop their `--`"
+    process = torchrun("-m", "--", *words)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert f'run = "{tmp_path}/here"' in out
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from infir2.config import CptConfig, load
 from infir2.fp8.linear import Fp8Linear
+from infir2.fp8.tensor import Operand
 from infir2.parallel.runtime import world
 from infir2.stages import training
 from infir2.stages.cpt import train_cpt
@@ -35,10 +36,10 @@ def noting_train_step(model: nn.Module, *args: Any, **options: Any) -> Any:
     return result
 
 
-def counting_requantize(layer: Fp8Linear) -> None:
+def counting_quantize(x: Tensor, granularity: str, *rest: Any) -> Operand:
     global quantised
-    quantised += 1
-    true_requantize(layer)
+    quantised += granularity == "block"
+    return true_quantize(x, granularity, *rest)
 
 
 def poison(rank: int) -> Any:
@@ -65,13 +66,13 @@ def poisoned_build_model(config: Any, architecture: Any, here: Any) -> Any:
     return model, report
 
 
-true_train_step, true_requantize, true_build_model = loop.train_step, Fp8Linear._requantize, training.build_model
+true_train_step, true_quantize, true_build_model = loop.train_step, Operand.quantize, training.build_model
 
 if __name__ == "__main__":
     loop.train_step, training.build_model = noting_train_step, poisoned_build_model
-    Fp8Linear._requantize = counting_requantize  # type: ignore[method-assign]
+    Operand.quantize = counting_quantize  # type: ignore[method-assign]
     with world() as here:
-        assert train_cpt(load(CptConfig, Path(sys.argv[1])), here)
+        assert train_cpt(load(CptConfig, Path(sys.argv[1])), here) is None
     layers = {name: m for name, m in models[0].named_modules() if isinstance(m, Fp8Linear)}
     codes = {name: layer._operand.codes.view(torch.uint8) for name, layer in layers.items()}
     note = {"steps": steps, "quantised": quantised, "codes": codes, "stale": [m.stale for m in layers.values()]}

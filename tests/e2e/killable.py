@@ -10,17 +10,22 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["infir2.cli", "infir2.stages.cpt", "infir2.stages.training", "infir2.stages.dry_run"])
+_CONTEXT.set_forkserver_preload(
+    [
+        *("infir2.cli", "infir2.stages.cpt", "infir2.stages.rl", "infir2.stages.training", "infir2.stages.dry_run"),
+        *("infir2.rl.loop", "infir2.rollout.engine", "infir2.data.chat", "transformers.tokenization_utils_tokenizers"),
+    ]
+)
 
 
-def start(recipe: Path, log: Path) -> ForkServerProcess:
-    """Run `infir2 cpt RECIPE` in a new process, its output appended to ``log``."""
-    process = _CONTEXT.Process(target=_train, args=(recipe, log))
+def start(recipe: Path, log: Path, command: str = "cpt") -> ForkServerProcess:
+    """Run `infir2 COMMAND RECIPE` in a new process, its output appended to ``log``."""
+    process = _CONTEXT.Process(target=_train, args=(recipe, log, command))
     process.start()
     return process
 
 
-def _train(recipe: Path, log: Path) -> None:
+def _train(recipe: Path, log: Path, command: str) -> None:
     import torch
 
     from infir2 import cli
@@ -29,4 +34,4 @@ def _train(recipe: Path, log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         torch.set_num_threads(1)
-        sys.exit(cli.main(["cpt", str(recipe)]))
+        sys.exit(cli.main([command, str(recipe)]))

@@ -123,7 +123,7 @@ def metrics_lines_of_a_killed_run(run: Path) -> list[tuple[Any, ...]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_sigterm_saves_at_the_next_step(recipe: Recipe) -> None:
+def test_sigterm_saves_the_last_finished_step(recipe: Recipe) -> None:
     path, run = recipe("whole", **SETTINGS)
     whole = attempt(path, run)
     assert whole.code == 0
@@ -131,9 +131,9 @@ def test_sigterm_saves_at_the_next_step(recipe: Recipe) -> None:
     path, run = recipe("stopped", **SETTINGS | {"train.save_every": 0})
     dice, stops, finished = random.Random(5), 0, 0
     while stops < SIGTERMS:
-        goal = min(last_step(run) + dice.randint(1, 8), STEPS - 1)
+        goal = last_step(run) + dice.randint(1, 8)
         process = start(path, run.with_suffix(".log"))
-        while last_step(run) < goal:
+        while last_step(run) < goal and process.is_alive():
             time.sleep(0.002)
         time.sleep(dice.uniform(0, 0.08))
         seen = last_step(run)
@@ -141,9 +141,9 @@ def test_sigterm_saves_at_the_next_step(recipe: Recipe) -> None:
         process.join()
         code = process.exitcode
         stops += code == 143
-        late = seen >= STEPS - 1  # in the last step there is nothing to stop any more, and after it no handler
+        late = seen >= STEPS - 1  # in the last micro-batch there is nothing to stop any more, and after it no handler
         assert code == 143 or (late and code in (0, -signal.SIGTERM)), run.with_suffix(".log").read_text()
-        assert last_step(run) <= seen + 2, "it stops at the end of the step it is in"
+        assert last_step(run) <= seen + 2, "it stops in the step that it is in (a loaded machine may do one in between)"
         assert (run / f"checkpoints/step-{last_step(run):06d}").is_dir()
         if last_step(run) == STEPS:
             assert loss_bits(run) == expected

@@ -12,6 +12,7 @@ import pytest
 from infir2 import __version__, cli
 from infir2.cli import UsageError, main, split_overrides
 from infir2.errors import ConfigError, TrainingStopped
+from infir2.stages.demo import _write_recipe
 
 STAGES = Path(cli.__file__).parent / "stages"
 
@@ -138,3 +139,13 @@ def test_a_stage_without_overrides_refuses_them(stage: argparse.Namespace, capsy
     stage.ACCEPTS_OVERRIDES = False
     assert main(["cpt", "r.toml", "--optim.lr", "1"]) == 2
     assert "unrecognized arguments: --optim.lr 1" in capsys.readouterr().err
+
+
+def test_a_demo_says_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--steps", "0", "--out", str(tmp_path / "demo")]) == 2
+    assert "--steps 0: at least 4" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+    _write_recipe(tmp_path, "bf16", 8)
+    _write_recipe(tmp_path, "bf16", 8)
+    with pytest.raises(ConfigError, match="an earlier demo had other settings"):
+        _write_recipe(tmp_path, "bf16", 12)

@@ -330,3 +330,30 @@ def test_rows_that_are_too_long(tokenizer: PreTrainedTokenizerBase, tmp_path: Pa
         (whole,) = chat.encode(chat.render(conversation_of({"prompt": "1", "completion": "2" * 200})))
         assert ids.tolist() == whole.ids[:64].tolist()
         assert trained.tolist() == whole.trained[:64].tolist()
+
+
+@pytest.mark.parametrize("template", [tok.CHAT_TEMPLATE, QWEN, LLAMA])
+def test_a_prompt_ends_where_the_trained_turn_begins(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    chat = ChatTokenizer(tokenizer, template)
+    asked = [
+        {"role": "user", "content": "a b"},
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": "d"},
+    ]
+    conversation = Conversation([*asked, {"role": "assistant", "content": "The sum"}])
+    sample = chat.encode(chat.render(conversation))[-1]
+    prompt = chat.prompt(asked)
+    assert sample.ids[: len(prompt)].tolist() == prompt
+    assert sample.trained[len(prompt)]
+    assert not sample.trained[len(prompt) - 1]
+    # The token that ends a turn is the last one that is trained on.
+    assert chat.end_of_turn() == sample.ids[sample.trained.nonzero()[0][-1]]
+    with pytest.raises(BadRow, match="bad_template"):
+        ChatTokenizer(tokenizer, "{{ raise_exception('no') }}").prompt(asked)
+
+
+def test_a_template_may_end_turns_with_plain_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    plain = "{% for m in messages %}{{ m.role + ': ' + m.content + ';' }}{% endfor %}"
+    assert (
+        ChatTokenizer(tokenizer, plain + "{% if add_generation_prompt %}assistant: {% endif %}").end_of_turn() is None
+    )

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from small_run import ARCHITECTURE
 from trl.data_utils import pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from infir2.data.chat import Sample
 from infir2.data.packing import best_fit_decreasing, pack_documents
@@ -46,6 +47,39 @@ def test_the_same_bins_as_trl(seed: int, capacity: int) -> None:
     assert sorted(sorted(lengths[i] for i in b) for b in ours) == sorted(theirs)
     with pytest.raises(ValueError, match="does not fit"):
         best_fit_decreasing([capacity + 1], capacity)
+
+
+def test_the_same_tokens_labels_and_positions_as_trl() -> None:
+    """The same rows packed by trl and flattened by its collator, token by token.
+
+    trl keeps a document's last token as an input without a label behind it, and its labels stand at their own token.
+    """
+    rng = np.random.default_rng(5)
+    rows = rows_of(rng.integers(2, 90, 60).tolist())
+    documents = [rows.row(i) for i in range(len(rows))]
+    columns = {
+        "input_ids": [ids.tolist() for ids, _ in documents],
+        "labels": [np.where(trained, ids, IGNORE).tolist() for ids, trained in documents],
+    }
+    packed = pack_dataset(Dataset.from_dict(columns), 128, "bfd")
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    theirs: list[tuple[list[int], list[int], list[int]]] = []
+    for row in packed:
+        collated = collator([row])
+        flat = {key: collated[key][0].tolist() for key in ("input_ids", "labels", "position_ids")}
+        bounds = [*(i for i, place in enumerate(flat["position_ids"]) if place == 0), len(flat["input_ids"])]
+        for start, end in pairwise(bounds):
+            inputs, places = flat["input_ids"][start : end - 1], flat["position_ids"][start : end - 1]
+            theirs.append((inputs, flat["labels"][start + 1 : end], places))
+    ours: list[tuple[list[int], list[int], list[int]]] = []
+    for chosen in best_fit_decreasing([len(ids) - 1 for ids, _ in documents], 128):
+        batch = pack_documents([documents[i] for i in chosen], MULTIPLE)
+        for start, end in pairwise(batch.cu_seqlens.tolist()[: len(chosen) + 1]):
+            parts = (batch.input_ids, batch.labels, batch.position_ids)
+            ours.append(tuple(part[0, start:end].tolist() for part in parts))
+        assert (batch.labels[0, batch.cu_seqlens[len(chosen)] :] == IGNORE).all(), "what fills up has no labels"
+    assert len(ours) == len(theirs) == 60
+    assert sorted(ours) == sorted(theirs)
 
 
 def nll_sum(model: CausalLM, batch: Batch) -> torch.Tensor:
@@ -88,8 +122,9 @@ def test_a_packed_batch_is_its_documents_one_by_one() -> None:
     assert packed.item() == pytest.approx(total, rel=1e-6)
     assert batch.valid_tokens == sum(int(trained[1:].sum()) for _, trained in documents)
     assert together.keys() == apart.keys()
-    for name, grad in together.items():
-        torch.testing.assert_close(grad, apart[name], rtol=1e-5, atol=1e-6 * float(apart[name].abs().max()), msg=name)
+    worst = max(float((grad - apart[name]).abs().max() / apart[name].abs().max()) for name, grad in together.items())
+    print(f"largest difference of a gradient, in units of its tensor's largest: {worst:.1e}")
+    assert worst <= 1e-6
 
 
 def test_a_micro_batch_of_nothing() -> None:

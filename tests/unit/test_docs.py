@@ -1,5 +1,6 @@
 """The documents are true where a program can tell: links and paths exist, commands and recipe keys are real."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def test_paths_of_this_repository_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page: Path) -> None:
-    for name in re.findall(r"^\s*(?:torchrun .*-m )?infir2 ([a-z]\w*)", page.read_text(), flags=re.MULTILINE):
+    for name in re.findall(r"^\s*(?:torchrun .*-m (?:-- )?)?infir2 ([a-z]\w*)", page.read_text(), flags=re.MULTILINE):
         assert name in COMMANDS, f"{page.name}: infir2 {name}"
 
 
@@ -39,6 +40,32 @@ def test_recipe_keys_in_the_training_guide_exist() -> None:
     for key in re.findall(r"(?:`|--)(\w+\.\w+)", text):
         if key.split(".")[0] in sections and not key.endswith((".json", ".toml")):
             assert key in KEYS, key
+
+
+def messages_of_the_source() -> str:
+    """Every string of the package on a line, what is filled into it as {}."""
+    found = []
+    for path in sorted((ROOT / "infir2").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_messages_in_troubleshooting_are_those_of_the_source() -> None:
+    """Words in capitals and dots stand for what differs; the longest piece between them is looked for."""
+    source, seen = messages_of_the_source(), 0
+    for line in (ROOT / "docs/troubleshooting.md").read_text().splitlines():
+        for message in re.findall(r"`([^`]+)`", line.split("|")[1] if line.startswith("|") else ""):
+            if message.startswith("torchrun:"):
+                continue  # torchrun's own words
+            piece = max(re.split(r"'?\b[A-Z]+\b'?|\.\.\.", message), key=len).strip(" :;,.(")
+            assert piece in source, f"{message!r}: {piece!r} is said nowhere"
+            seen += 1
+    assert seen > 40
 
 
 def test_no_path_of_a_machine_in_any_result() -> None:

@@ -2,10 +2,13 @@
 
 import argparse
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
-from infir2.stages import doctor
+import infir2
+from infir2.stages import doctor, environment
 
 
 def test_json_is_one_object_and_agrees_with_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,11 +34,30 @@ def test_the_table_names_what_matters(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("capability", "expected"),
     [(None, "emulated"), ("8.0", "emulated"), ("8.9", "native-rowwise"), ("9.0", "native-blockwise"),
-     ("10.0", "native-blockwise"), ("12.0", "native-blockwise")],
+     ("10.0", "native-rowwise"), ("12.0", "native-rowwise")],
 )  # fmt: skip
 def test_fp8_hardware_by_compute_capability(capability: str | None, expected: str) -> None:
     gpus = [] if capability is None else [{"compute_capability": capability}]
     assert doctor.fp8_hardware(gpus) == expected
+
+
+def test_a_commit_is_that_of_our_own_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package inside somebody else's repository has none, unless the variable says."""
+    package = tmp_path / "theirs" / ".venv" / "infir2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    git = ["git", "-C", str(tmp_path / "theirs"), "-c", "user.name=x", "-c", "user.email=x@x"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(infir2, "__file__", str(package / "__init__.py"))
+    monkeypatch.delenv("INFIR2_COMMIT", raising=False)
+    assert environment.commit() is None
+    monkeypatch.setenv("INFIR2_COMMIT", "abc")
+    assert environment.commit() == "abc"
+    subprocess.run([*git, "add", "-f", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "ours now"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert environment.commit() == head
 
 
 def test_advice_depends_on_what_is_there() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from infir2.kernels import logprob
 
@@ -39,3 +40,73 @@ def test_no_gradient_work_without_gradients() -> None:
     with torch.no_grad():
         loss = logprob.cross_entropy_sum(torch.randn(5, 8), torch.randn(16, 8), torch.arange(5))
     assert loss.isfinite()
+
+
+def reference(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Whole logits, torch's own differentiation."""
+    everything = (hidden @ weight.T / temperature).log_softmax(-1)
+    trained = labels != -100
+    chosen = everything.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+    entropy = torch.distributions.Categorical(logits=everything).entropy()
+    return torch.where(trained, chosen, 0.0), torch.where(trained, entropy, 0.0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.1, 0.3])
+@pytest.mark.parametrize("chunk_logits", [1 << 27, 7 * 300])
+def test_token_logprobs_and_their_gradients_in_float64(
+    chunk_logits: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprob, "_CHUNK_LOGITS", chunk_logits)
+    torch.manual_seed(1)
+    hidden = torch.randn(40, 24, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(300, 24, dtype=torch.float64).requires_grad_()
+    labels = torch.randint(0, 300, (40,))
+    labels[::3] = -100
+    cotangents = torch.randn(2, 40, dtype=torch.float64)
+    results = []
+    for function in (logprob.token_logprobs, reference):
+        values = function(hidden, weight, labels, temperature)
+        gradients = torch.autograd.grad((torch.stack(values) * cotangents).sum(), (hidden, weight))
+        results.append((*values, *gradients))
+    for got, expected in zip(*results):
+        assert torch.allclose(got, expected, rtol=1e-11, atol=1e-13)
+    assert not results[0][2][::3].any(), "an ignored token has no gradient"
+
+
+@pytest.mark.parametrize("output", [0, 1], ids=["logprobs", "entropy"])
+def test_token_logprobs_pass_gradcheck_in_each_output(output: int) -> None:
+    torch.manual_seed(2)
+    hidden = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([3, -100, 0, 6])
+
+    def one(h: Tensor, w: Tensor) -> Tensor:
+        return logprob.token_logprobs(h, w, labels, 1.3)[output]
+
+    assert torch.autograd.gradcheck(one, (hidden, weight))
+
+
+def test_token_logprobs_in_bfloat16_are_those_of_the_rounded_logits() -> None:
+    torch.manual_seed(3)
+    hidden = torch.randn(9, 16).bfloat16().requires_grad_()
+    weight = torch.randn(50, 16, requires_grad=True)
+    labels = torch.randint(0, 50, (9,))
+    logprobs, entropy = logprob.token_logprobs(hidden, weight, labels, 0.7)
+    logits = (hidden @ weight.bfloat16().T).float() / 0.7
+    assert torch.equal(logprobs, logits.log_softmax(-1).gather(1, labels[:, None]).squeeze(1))
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    logprobs.sum().backward()
+    assert hidden.grad.dtype == torch.bfloat16
+    assert weight.grad.dtype == torch.float32
+    assert weight.grad.any()
+
+
+def test_token_logprobs_of_nothing() -> None:
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    logprobs, entropy = logprob.token_logprobs(hidden, weight, torch.full((3,), -100))
+    (logprobs + entropy).sum().backward()
+    assert not logprobs.any()
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+    with pytest.raises(ValueError, match="temperature"):
+        logprob.token_logprobs(hidden, weight, torch.zeros(3, dtype=torch.int64), 0.0)

@@ -250,3 +250,16 @@ def test_numbers_for_people() -> None:
         "47:59:59",
         "11d 13h",
     ]
+
+
+def test_activity_is_told_now_and_then_and_forgotten_after_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("infir2.train.live.time.monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    live = LiveLine(10, console=Console(file=stream, width=200))
+    for second in range(31):
+        clock[0] = 1000.0 + second
+        live.activity(f"sampling {second}/31")
+    assert stream.getvalue().splitlines() == [f"step 1/10: sampling {second}/31" for second in (10, 20, 30)]
+    live.update(1, {"loss": 1.0})
+    assert live.doing == ""

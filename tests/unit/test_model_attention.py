@@ -16,6 +16,7 @@ PACKINGS = {
     "one row": [[5, 20, 1, 38]],
     "two rows": [[16, 48], [1, 31, 32]],
     "single tokens": [[1] * 6 + [58]],
+    "an empty document": [[20, 0, 44]],
     "full rows": [[64], [64]],
 }
 
@@ -48,7 +49,7 @@ def loop_kernel(q, k, v, cu_q, cu_k, *, max_q, max_k):
     return torch.cat(pieces)
 
 
-@pytest.mark.parametrize("implementation", ["auto", "varlen"])
+@pytest.mark.parametrize("implementation", ["auto", "varlen", "mask"])
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_packed_documents_equal_documents_alone(packing, implementation, monkeypatch):
     monkeypatch.setattr(attention, "varlen_kernel", lambda: loop_kernel)
@@ -103,8 +104,9 @@ def test_documents_that_cross_rows_are_refused():
     ids = torch.zeros(2, 8, dtype=torch.long)
     for ends, longest in (([0, 4, 12, 16], 8), ([0, 16], 16)):
         batch = Batch(ids, ids, ids, torch.tensor(ends, dtype=torch.int32), longest)
-        with pytest.raises(ValueError, match="cross"):
-            document_attention(batch)
+        for implementation in ("auto", "mask"):
+            with pytest.raises(ValueError, match="cross"):
+                document_attention(batch, implementation=implementation)
 
 
 def test_masked_and_causal_agree_in_bfloat16():

@@ -89,7 +89,7 @@ def test_public_presets_have_the_public_sizes(name, count):
 
 
 def test_small_presets_fit_fp8_blocks():
-    for name in ("tiny", "small-150m"):
+    for name in ("micro", "tiny", "small-150m"):
         config = preset(name)
         for size in (
             config.hidden_size,

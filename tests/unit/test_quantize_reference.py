@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from infir2.kernels import reference
-from infir2.kernels.operand import transpose_operand
+from infir2.kernels.transpose import transpose_operand
 from infir2.kernels.quantize import quantize, quantize_both
 
 FORMATS = ("ue8m0", "fp32")
@@ -177,6 +177,15 @@ def test_unknown_names_are_refused() -> None:
         reference.quantize(x, "row", "ue8m0")
     with pytest.raises(ValueError, match="unknown scale format 'e8m0'"):
         reference.quantize(x, "tile", "e8m0")
+
+
+@pytest.mark.parametrize("shape", [(256, 1), (1, 256), (16, 16)])
+def test_the_table_of_codes_is_torchs_conversion(shape: tuple[int, int]) -> None:
+    """All 256 codes, NaN and -0 among them, transposed too."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(shape)
+    for given in (codes, codes.T):
+        decoded = reference.dequantize(given, torch.ones(1, 1), "tensor")
+        assert torch.equal(decoded.view(torch.int32), (given.float() * 1.0).view(torch.int32))
 
 
 @pytest.mark.parametrize("granularity", reference.GRANULARITIES)

@@ -1,13 +1,16 @@
 """Every shipped recipe parses, and carries the paper's numbers."""
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic_core import PydanticUndefined
 
-from infir2.config import CptConfig, SftConfig, TrainingConfig, load, parse, to_toml
+from infir2.config import CptConfig, RlConfig, SftConfig, TrainingConfig, load, parse, to_toml
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-STAGES: dict[str, type[TrainingConfig]] = {"cpt": CptConfig, "sft": SftConfig}
+STAGES: dict[str, type[TrainingConfig]] = {"cpt": CptConfig, "sft": SftConfig, "rl": RlConfig}
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
@@ -58,3 +61,47 @@ def test_the_tiny_stages_follow_each_other() -> None:
     one, two = (load(SftConfig, RECIPES / f"sft_tiny_stage{stage}.toml") for stage in (1, 2))
     assert one.init.checkpoint == start.run
     assert two.init.checkpoint == one.run
+
+
+@pytest.mark.parametrize("size", ["1.5b", "7b"])
+def test_the_papers_numbers_for_reinforcement_learning(size: str) -> None:
+    one, two = (load(RlConfig, RECIPES / f"rl_{size}_stage{stage}.toml") for stage in (1, 2))
+    for config, tokens, temperature in ((one, 8192, 1.0), (two, 16_384, 1.1)):
+        rollout, policy, optim = config.rollout, config.policy, config.optim
+        assert (rollout.max_new_tokens, rollout.temperature) == (tokens, temperature)
+        assert (rollout.prompts, rollout.samples, config.train.global_batch, config.updates) == (128, 16, 2048, 1)
+        assert (rollout.filter_groups, rollout.oversample) == (True, 3)
+        assert (policy.clip_low, policy.clip_high, policy.kl_coef, policy.entropy_coef) == (0.2, 0.28, 0.0, 0.0)
+        assert policy.importance == "token"
+        assert (optim.lr, optim.schedule, optim.betas, optim.weight_decay) == (1e-6, "constant", (0.9, 0.98), 0.1)
+        assert (config.train.eval_every, config.train.save_every, config.eval.samples) == (20, 20, 16)
+        assert config.fp8.recipe == "blockwise"
+    assert one.init.checkpoint == f"runs/sft_{size}_stage2"
+    assert two.init.checkpoint == one.run
+    assert two.policy == one.policy
+    assert two.optim == one.optim
+    assert two.train == one.train
+
+
+def test_the_tiny_rl_stages_follow_fine_tuning_and_each_other() -> None:
+    one, two = (load(RlConfig, RECIPES / f"rl_tiny_stage{stage}.toml") for stage in (1, 2))
+    assert one.init.checkpoint == load(SftConfig, RECIPES / "sft_tiny_stage2.toml").run
+    assert two.init.checkpoint == one.run
+    assert (one.rollout.temperature, two.rollout.temperature) == (1.0, 1.1)
+    assert two.rollout.max_new_tokens > one.rollout.max_new_tokens
+
+
+def test_the_guide_to_rl_names_every_key_of_its_sections_with_its_default() -> None:
+    text = (RECIPES.parent / "docs/rl.md").read_text()
+    (block,) = re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)
+    written = tomllib.loads(block)
+    sections = RlConfig.model_fields
+    for name, values in written.items():
+        section = sections[name].annotation
+        assert section is not None
+        assert set(values) == set(section.model_fields), name
+        checked = section.model_validate(values)
+        for key, field in section.model_fields.items():
+            if field.default not in (None, PydanticUndefined):
+                assert getattr(checked, key) == field.default, f"{name}.{key}"
+    assert set(written) == {"data", "rollout", "reward", "policy", "eval"}

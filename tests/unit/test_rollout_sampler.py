@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from infir2.rollout.records import RequestError, SamplingParams
-from infir2.rollout.sampler import Sampled, SamplingBatch, random_key, sample, uniform
+from infir2.rollout.sampler import Sampled, SamplingBatch, most_likely, random_key, sample, uniform
 
 # 99.99 % quantiles of chi-square for 1 to 11 degrees of freedom; the seeds are fixed, so a pass stays a pass.
 CHI2 = [0.0, 15.14, 18.42, 21.11, 23.51, 25.74, 27.86, 29.88, 31.83, 33.72, 35.56, 37.37]
@@ -142,3 +142,15 @@ def test_no_draw_lands_on_an_impossible_token() -> None:
 def test_parameters_out_of_range_are_named(values: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         SamplingParams(**values)
+
+
+def test_the_most_likely_tokens_are_those_of_the_untouched_distribution() -> None:
+    logits = torch.randn(4, 11, generator=torch.Generator().manual_seed(0))
+    found = most_likely(logits, [0, 3, 20, 1])
+    expected = logits.log_softmax(-1)
+    assert [len(row) for row in found] == [0, 3, 11, 1]
+    for row, pairs in enumerate(found):
+        assert [token for token, _ in pairs] == logits[row].argsort(descending=True)[: len(pairs)].tolist()
+        assert [value for _, value in pairs] == pytest.approx([expected[row, token].item() for token, _ in pairs])
+    greedy = draw(logits, SamplingParams(temperature=0), [0] * 4)
+    assert found[3] == ((greedy.tokens[3].item(), greedy.raw_logprobs[3].item()),)

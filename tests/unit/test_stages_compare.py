@@ -2,12 +2,14 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from infir2 import cli
 from infir2.config import CptConfig
-from infir2.stages.compare import paired_difference, summarise, variant
+from infir2.stages.compare import Difference, paired_difference, summarise, t95, variant
 
 
 def test_paired_difference_by_hand() -> None:
@@ -17,6 +19,40 @@ def test_paired_difference_by_hand() -> None:
     assert (result.low95, result.high95) == (pytest.approx(0.04 / 3 - half), pytest.approx(0.04 / 3 + half))
     one = paired_difference([2.0], [2.1])
     assert (one.low95, one.high95) == (None, None)
+
+
+def test_no_pair_gives_no_difference() -> None:
+    assert paired_difference([], []) == Difference(None, None, None, [])
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    [(1, 12.706), (15, 2.131), (16, 2.119905), (20, 2.085963), (30, 2.042272), (120, 1.979930), (10**6, 1.959966)],
+)
+def test_quantiles_of_t(freedom: int, quantile: float) -> None:
+    """Values of published tables."""
+    assert t95(freedom) == pytest.approx(quantile, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--precisions", "bf16", "fp9"), "argument --precisions: invalid choice: 'fp9' (choose from"),
+        (("--seeds", "-1"), "--seeds"),
+        (("--seeds", "1.5"), "argument --seeds: '1.5' is not a whole number from 0"),
+        (("--seeds", "1", "2", "1"), "--seeds: 1 2 1: one is named twice"),
+        (("--precisions", "bf16", "bf16"), "--precisions: bf16 bf16: one is named twice"),
+        (("--seeds", str(2**63)), "is not a whole number from 0 to 2^63 - 1"),
+    ],
+)
+def test_mistakes_are_told(
+    recipe: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    path, run = recipe()
+    assert cli.main(["compare", str(path), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not run.exists()
 
 
 def test_variants_differ_in_precision_seed_and_folder_alone() -> None:

@@ -76,6 +76,10 @@ def test_hf_to_checkpoint_and_back(tmp_path: Path, family: str, capsys: pytest.C
     told = capsys.readouterr().out
     assert f"{len(weights(source))} tensors" in told
     assert "GB/s" in told
+    assert "note:" not in told
+    assert main(["convert", str(tmp_path / "as-fp32"), str(tmp_path / "bare")]) == 0
+    said = f"note: {tmp_path}/as-fp32 has no tokenizer, so {tmp_path}/bare gets none; --tokenizer names one"
+    assert said in capsys.readouterr().out
     ours, theirs = (open_source(str(tmp_path / name)) for name in ("back", "hf"))
     assert ours.architecture == theirs.architecture
     for name in CARRIED:

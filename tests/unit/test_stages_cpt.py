@@ -2,15 +2,17 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_run import ARCHITECTURE, SEQ_LEN, loss_bits, metrics_lines, write_corpus, write_model
 from torch._dynamo.utils import counters
 
@@ -18,9 +20,11 @@ from infir2 import cli
 from infir2.checkpoint.state import model_state, optimizer_state
 from infir2.checkpoint.store import CheckpointStore
 from infir2.config import CptConfig, load
+from infir2.data import dataset
 from infir2.data.loader import TokenLoader
 from infir2.data.megatron import TokenWriter
-from infir2.errors import UserError
+from infir2.data.tokenizer import load_tokenizer, train_tokenizer
+from infir2.errors import CheckpointError, UserError
 from infir2.model.attention import document_attention
 from infir2.parallel.runtime import World
 from infir2.stages.cpt import architecture_of
@@ -81,7 +85,7 @@ def test_the_run_folder(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> N
     path, run = recipe(**{"log.tensorboard": True, "fp8.health_every": 4, "model.dtype": "bfloat16"})
     assert cpt(path, "--train.seed", "5") == 0
     assert {item.name for item in run.iterdir()} == {
-        *("config.toml", "run.json", "metrics.jsonl", "tensorboard", "checkpoints", ".lock"),
+        *("config.toml", "run.json", "metrics.jsonl", "tensorboard", "checkpoints", ".lock", "verified_data.json"),
     }
     assert load(CptConfig, run / "config.toml") == load(CptConfig, path, ["--train.seed", "5"])
     record = json.loads((run / "run.json").read_text())
@@ -107,6 +111,12 @@ def test_the_run_folder(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> N
     assert cpt(path, "--train.seed", "5") == 0, "a finished run has nothing left to do"
     assert [line["event"] for line in metrics_lines(run, "event")].count("resume") == 1
     assert (run / "metrics.jsonl").read_bytes().startswith(before)
+
+
+def test_profile_writes_a_trace(recipe: Recipe) -> None:
+    path, run = recipe()
+    assert cpt(path, "--profile") == 0
+    assert [trace.name for trace in (run / "profile").iterdir()] == ["trace-from-step-000004-rank-0.json"]
 
 
 def test_retention(recipe: Recipe) -> None:
@@ -157,7 +167,18 @@ def test_a_longer_run_resumes_a_finished_one(recipe: Recipe) -> None:
         (("--train.seed", "9"), "other data or another order"),
         (("--train.global_batch", "8"), "train.global_batch = 4, the recipe says 8"),
         (("--data.sources", "{ 'OTHER' = 1.0 }"), "other data or another order"),
-        (("--model.path", "OTHER_MODEL"), "does not fit this model"),
+        (
+            ("--model.path", "OTHER_MODEL"),
+            "holds another model than the recipe's model section describes: num_hidden_layers 2",
+        ),
+        (("--model.dtype", "float32"), "was made with another recipe: model.dtype: bfloat16 -> float32. Restore it"),
+        (("--fp8.recipe", "hybrid"), "was made with another recipe: fp8.recipe: blockwise -> hybrid. Restore it"),
+        (("--optim.clip", "0.5"), "was made with another recipe: optim.clip: 1.0 -> 0.5. Restore it"),
+        (
+            ("--optim.lr", "1e-3"),
+            "optim.lr: 0.002 -> 0.001, train.steps: 3 -> 5 (step 1 would have had another learning rate)",
+        ),
+        (("--optim.decay_steps", "3"), "optim.decay_steps: 0 -> 3, train.steps: 3 -> 5 (step 3 would have had another"),
     ],
 )
 def test_what_a_resume_must_not_change(
@@ -173,6 +194,29 @@ def test_what_a_resume_must_not_change(
     assert said in message
     assert f"{run}/checkpoints/step-000003" in message
     assert {item: item.read_bytes() for item in run.rglob("*") if item.is_file()} == files, "nothing is touched"
+
+
+def test_changes_that_a_resume_takes(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    """A longer run whose past stays the same; changes are told, written as events, and the old recipe is kept."""
+    path, run = recipe(**{"train.steps": 3, "optim.decay_steps": 0, "train.eval_every": 0})
+    assert cpt(path) == 0
+    before = (run / "config.toml").read_bytes()
+    words = ("--train.steps", "5", "--optim.decay_steps", "2", "--train.save_every", "0", "--log.every", "2")
+    assert cpt(path, *words) == 0
+    told = [line["change"] for line in metrics_lines(run, "event") if line["event"] == "recipe_changed"]
+    expected = ["optim.decay_steps: 0 -> 2", "train.save_every: 4 -> 0", "train.steps: 3 -> 5", "log.every: 1 -> 2"]
+    assert sorted(told) == sorted(expected)
+    out = capsys.readouterr().out
+    assert all(change in out for change in expected)
+    assert (run / "config.1.toml").read_bytes() == before
+    assert load(CptConfig, run / "config.toml").train.steps == 5
+
+    decided = ("--optim.lr", "1e-3", "--train.steps", "6")
+    assert "resume all the same with --train.accept_changes true" in error_of(capsys, path, *decided)
+    assert cpt(path, *decided, "--train.accept_changes", "true") == 0
+    assert "optim.lr: 0.002 -> 0.001" in capsys.readouterr().out
+    assert metrics_lines(run)[-1]["lr"] == 1e-3
+    assert (run / "config.2.toml").exists()
 
 
 def test_moved_data_and_another_micro_batch_resume(recipe: Recipe, corpus: Path, tmp_path: Path) -> None:
@@ -199,6 +243,12 @@ def test_moved_data_and_another_micro_batch_resume(recipe: Recipe, corpus: Path,
         (("--data.sources", "{ '/nowhere/x' = 1.0 }"), "data.sources: /nowhere/x: there is neither a folder"),
         (("--model.path", "/nowhere/model"), "/nowhere/model: no such model folder"),
         (("--parallel.replicate", "2"), "parallel.replicate (2) does not divide the 1 process(es)"),
+        (("--data.sources", "{}"), "data.sources: dictionary should have at least 1 item"),
+        (("--data.sources", "{ x = inf }"), "data.sources.x: input should be a finite number"),
+        (("--train.seed", str(2**63)), "train.seed: input should be less than 9223372036854775808"),
+        (("--optim.lr", "inf"), "optim.lr: input should be a finite number"),
+        (("--optim.clip", "nan"), "optim.clip: input should be a finite number"),
+        (("--run", ""), "run: string should have at least 1 character"),
     ],
 )
 @pytest.mark.parametrize("dry_run", [False, True])
@@ -225,6 +275,80 @@ def test_a_vocabulary_too_small_for_the_data(
     assert not run.exists()
 
 
+def test_a_flipped_bit_in_a_shard_stops_the_run(
+    recipe: Recipe, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that becomes another valid one: only the hash can tell."""
+    data = shutil.copytree(corpus, tmp_path / "data")
+    path, _ = recipe(**{"data.sources": {str(data): 1.0}, "train.steps": 3, "optim.schedule": "constant"})
+    shard = data / "train-00000.bin"
+    good = shard.read_bytes()
+
+    def flip() -> None:
+        shard.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+
+    flip()
+    assert error_of(capsys, path).startswith(f"{shard}: damaged: its sha256 differs")
+    shard.write_bytes(good)
+    read: list[str] = []
+    true = dataset.hash_file
+    monkeypatch.setattr(dataset, "hash_file", lambda path, progress: read.append(path.name) or true(path, progress))
+    assert cpt(path) == 0
+    assert sorted(read) == ["train-00000.bin", "train-00000.idx", "validation-00000.bin", "validation-00000.idx"]
+    read.clear()
+    assert cpt(path, "--train.steps", "4") == 0
+    assert sorted(read) == ["train-00000.idx", "validation-00000.idx"], "a .bin is read once a run"
+    flip()
+    assert error_of(capsys, path, "--train.steps", "5").startswith(f"{shard}: damaged: its sha256 differs")
+    assert {item.name for item in data.iterdir()} == {item.name for item in corpus.iterdir()}, "nothing of ours in it"
+
+
+def write_tokenizer(folder: Path, text: str) -> Path:
+    train_tokenizer([text], 300, folder)
+    return folder
+
+
+def test_token_ids_of_another_tokenizer_are_refused(
+    recipe: Recipe, corpus: Path, start_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(corpus, tmp_path / "data")
+    write_tokenizer(data / "tokenizer", "abc abd abe" * 9)
+    model = shutil.copytree(start_model, tmp_path / "model")
+    write_tokenizer(model, "xyz xyw xyv" * 9)
+    settings = {"train.steps": 2, "optim.schedule": "constant", "train.eval_every": 0}
+    path, run = recipe(**settings, **{"data.sources": {str(data): 1.0}, "model.path": str(model)})
+    message = error_of(capsys, path)
+    assert message.startswith(f"data.sources: {data}: its token ids are not the model's: token ")
+    assert f"in {data}/tokenizer and does not exist in {model}. Prepare it with --tokenizer {model}" in message
+    assert error_of(capsys, path, "--dry-run") == message
+    assert not run.exists()
+
+    shutil.rmtree(data / "tokenizer")
+    shutil.copytree(model, data / "tokenizer")
+    more = json.loads((model / "tokenizer.json").read_text())
+    more["added_tokens"].append({**more["added_tokens"][-1], "id": 290, "content": "<tool>"})
+    (model / "tokenizer.json").write_text(json.dumps(more))
+    assert cpt(path) == 0, "a model may know more tokens than the data use"
+    assert "note:" not in capsys.readouterr().out
+    assert json.loads((run / "checkpoints/step-000002/meta.json").read_text())["tokenizer"] == str(run / "tokenizer")
+    assert load_tokenizer(run / "tokenizer").get_vocab().get("<tool>") is not None
+
+    other = shutil.copytree(data, tmp_path / "other")
+    write_tokenizer(other / "tokenizer", "abc abd abe" * 9)
+    words = ("--init.checkpoint", str(run), "--data.sources", f"{{ '{other}' = 1.0 }}", "--run", str(tmp_path / "next"))
+    assert f"in {other}/tokenizer and does not exist in {run}/tokenizer" in error_of(capsys, path, *words)
+
+
+def test_an_unknown_tokenizer_is_told(recipe: Recipe, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, _ = recipe()
+    assert cpt(path, "--dry-run") == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert [line.partition(": nobody")[0] for line in told] == [
+        "note: the model brings no tokenizer",
+        f"note: {corpus} does not say which tokenizer made it",
+    ]
+
+
 def test_a_megatron_pair_needs_a_vocabulary_size(
     recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -249,7 +373,64 @@ def test_a_start_checkpoint_that_is_not_there(recipe: Recipe, capsys: pytest.Cap
 def test_a_run_folder_that_cannot_be_made(recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path, run = recipe()
     run.write_text("a file is in the way")
-    assert str(run) in error_of(capsys, path)
+    assert error_of(capsys, path) == f"{run}: is a file, but a run needs a folder; give another --run"
+
+
+def test_start_weights_that_are_not_numbers_fail(
+    recipe: Recipe, start_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps, both skipped: fewer than train.max_skipped_steps, but not a success."""
+    model = shutil.copytree(start_model, tmp_path / "nan")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    path, run = recipe(**{"model.path": str(model), "train.steps": 2, "optim.schedule": "constant"})
+    assert cpt(path) == 3
+    assert "No step was good, so the weights that training starts from may hold NaN" in capsys.readouterr().err
+    assert not (run / "checkpoints").exists()
+
+
+def test_an_interrupt_from_the_keyboard_has_its_own_exit_code(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run = recipe()
+    true = TokenLoader.step
+
+    def interrupting(self: TokenLoader, n: int, offset: int = 0) -> list:
+        if n == 3:
+            signal.raise_signal(signal.SIGINT)
+        return true(self, n, offset)
+
+    monkeypatch.setattr(TokenLoader, "step", interrupting)
+    assert cpt(path) == 130
+    assert f"stopped on request; run the same command to resume {run}" in capsys.readouterr().out
+    assert metrics_lines(run, "event")[-1]["signal"] == "SIGINT"
+
+
+def test_metrics_of_a_run_whose_checkpoints_were_deleted_are_kept(recipe: Recipe) -> None:
+    path, run = recipe(**{"train.steps": 3, "optim.schedule": "constant"})
+    assert cpt(path) == 0
+    first = (run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run / "checkpoints")
+    assert cpt(path) == 0
+    assert (run / "metrics.1.jsonl").read_bytes() == first
+    assert [line["step"] for line in metrics_lines(run)] == [1, 2, 3]
+
+
+def test_the_checkpoint_event_comes_after_the_checkpoint(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A background save that fails is never told as a checkpoint; one that is told is on disk."""
+    path, run = recipe(**{"train.steps": 6, "train.save_every": 2, "optim.schedule": "constant"})
+    true = CheckpointStore._write
+
+    def broken(self: CheckpointStore, step: int, *args: Any) -> None:
+        if step == 4:
+            raise CheckpointError("no room")
+        true(self, step, *args)
+
+    monkeypatch.setattr(CheckpointStore, "_write", broken)
+    assert cpt(path) == 2
+    told = [line for line in metrics_lines(run, "event") if line["event"] == "checkpoint"]
+    assert [(line["step"], line["path"]) for line in told] == [(2, f"{run}/checkpoints/step-000002")]
 
 
 # Where a run starts from
@@ -368,6 +549,10 @@ def test_compiled_layers(recipe: Recipe, tmp_path: Path, fp8: str, checkpointing
         assert counters["stats"]["unique_graphs"] == 2 * compiled, "one with gradients and one for evaluation"
         assert [line["step"] for line in metrics_lines(run, "health")] == ([1, 3, 6] if fp8 == "blockwise" else [])
         runs.append(np.array([line["loss"] for line in metrics_lines(run)]))
+    if fp8 == "blockwise" and checkpointing == "none":
+        path, run = recipe("unwatched", **settings | {"fp8.health_every": 0})
+        assert cpt(path) == 0
+        assert [line["loss"] for line in metrics_lines(run)] == runs[1].tolist(), "watching health changes no loss"
     difference = np.abs(runs[1] / runs[0] - 1).max()
     print(f"compile {fp8} {checkpointing}: largest relative difference of a loss {difference:.1e}")
     assert 0 < difference < 2e-3

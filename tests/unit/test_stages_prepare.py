@@ -4,8 +4,11 @@ import argparse
 import errno
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +181,90 @@ def test_a_failed_replacement_keeps_the_earlier_data_set(tmp_path: Path, monkeyp
         prepare([tmp_path / "a.jsonl"], tmp_path / "out", seed=2, **SMALL)
     assert content(tmp_path / "out") == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
+
+
+def limited(*words: object) -> subprocess.CompletedProcess[str]:
+    """`infir2 prepare` where no file may grow beyond 4 kB, which stands for a full disk."""
+    return subprocess.run(
+        [sys.executable, "-m", "infir2", "prepare", *map(str, words)],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
+    )
+
+
+def test_a_full_disk_under_the_tokenizer(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", 50)
+    done = limited(tmp_path / "a.jsonl", "--out", tmp_path / "out", "--vocab-size", 400)
+    assert done.returncode == 2
+    assert done.stderr == f"infir2: error: {tmp_path}/out: cannot be written: File too large; nothing of it was kept\n"
+    prepare([tmp_path / "a.jsonl"], tmp_path / "whole", **SMALL)
+    bare = tmp_path / "whole" / "tokenizer" / "tokenizer.json"
+    done = limited(tmp_path / "a.jsonl", "--out", tmp_path / "out", "--tokenizer", bare)
+    assert done.returncode == 2
+    assert "out: cannot be written: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "whole"]
+
+
+def test_killed_processes_leave_nothing_for_long(tmp_path: Path) -> None:
+    """SIGTERM cleans up; what SIGKILL leaves is cleared by the next start, but not what is being built."""
+    rows = tmp_path / "a.jsonl"
+    write_rows(rows, 20_000)
+    words = [sys.executable, "-m", "infir2", "prepare", str(rows), "--out", str(tmp_path / "out")]
+
+    def started() -> subprocess.Popen[str]:
+        before = set(tmp_path.glob(".out.preparing-*"))
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while set(tmp_path.glob(".out.preparing-*")) <= before:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        return process
+
+    process = started()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (143, "")
+    assert not list(tmp_path.glob(".out*"))
+
+    killed = started()
+    killed.kill()
+    killed.wait()
+    (left,) = tmp_path.glob(".out.preparing-*")
+    earlier = tmp_path / ".out.old-1"  # killed between the two renames
+    prepare([rows], earlier, max_bytes=10_000, **SMALL)
+    alive = started()
+    assert not left.exists()
+    assert (tmp_path / "out" / "dataset.json").exists(), "the earlier data set is back"
+    prepare([rows], tmp_path / "out", max_bytes=10_000, **SMALL)
+    assert len(list(tmp_path.glob(".out.preparing-*"))) == 1, "what another process builds is left alone"
+    alive.terminate()
+    alive.communicate(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("A", "--max-bytes", -5), "--max-bytes -5: must be at least 1"),
+        (("A", "--vocab-size", 10**20), "a byte-level tokenizer has 261 to 10,000,000 tokens"),
+        (("",), "'': no such file or folder"),
+        (("A", "A"), "named twice: by"),
+        (("A", "FOLDER"), "named twice: by"),
+        (("FOLDER", "--out", "FOLDER/data/out"), "lies inside FOLDER, whose text would hold it the next time"),
+        (("A", "--out", ""), "--out: an empty name"),
+    ],
+)
+def test_mistakes_are_told(tmp_path: Path, words: tuple[object, ...], said: str) -> None:
+    write_rows(tmp_path / "a.jsonl", 50)
+
+    def filled(word: object) -> str:
+        return str(word).replace("A", str(tmp_path / "a.jsonl")).replace("FOLDER", str(tmp_path))
+
+    out = () if "--out" in words else ("--out", tmp_path.parent / f"{tmp_path.name}-new")
+    with pytest.raises(DataError) as raised:
+        command(*map(filled, words), *out)
+    assert filled(said) in str(raised.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def command(*words: object) -> int:

@@ -158,7 +158,8 @@ def test_resume_in_the_middle_of_an_epoch(recipe: Recipe, monkeypatch: pytest.Mo
 def test_changed_rows_are_noticed_and_kept_rows_made_anew(
     recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    path, run = recipe(**{"train.epochs": 1, "train.eval_every": 0})
+    flat = {"optim.schedule": "constant", "optim.warmup_fraction": 0.0}  # or another epoch would change the past
+    path, run = recipe(**{"train.epochs": 1, "train.eval_every": 0}, **flat)
     assert sft(path) == 0
     again = ("--train.epochs", "2")
     for words in (
@@ -190,6 +191,7 @@ def test_stage_2_from_stage_1(recipe: Recipe, capsys: pytest.CaptureFixture[str]
     one, first = recipe("one", **{"train.epochs": 1, "data.chat_template": "chatml"})
     assert sft(one) == 0
     settings = {"model.path": None, "init.checkpoint": str(first), "train.epochs": 1, "train.save_every": 2}
+    settings |= {"optim.schedule": "constant", "optim.warmup_fraction": 0.0}
     two, run = recipe("two", **settings, **{"optim.lr": 1e-30, "optim.min_lr": 0.0})
     assert sft(two) == 0
     (event,) = (line for line in metrics_lines(run, "event") if line["event"] == "init")
@@ -246,6 +248,7 @@ def test_a_validation_file_and_rows_that_are_left_out(
         (("--data.train", "/nowhere/x.jsonl"), "data.train: /nowhere/x.jsonl: no such file or folder"),
         (("--data.max_length", "256"), "data.max_length (256) is above data.max_tokens_per_gpu (128)"),
         (("--data.max_length", "129", "--data.max_tokens_per_gpu", "256"), "data.max_length: 129 tokens exceed"),
+        (("--data.max_length", "5"), "data.train: no row is left to train on: 21 rows, 21 samples, 0 tokens"),
         (("--data.too_long", "keep"), "data.too_long: input should be 'drop' or 'truncate'"),
         (("--data.tokenizer", "/nowhere"), "/nowhere: no tokenizer"),
         (("--data.chat_template", "/nowhere.jinja"), "data.chat_template: /nowhere.jinja: cannot be read"),
@@ -276,6 +279,11 @@ def test_models_and_tokenizers_that_do_not_fit(
     assert f"the tokenizer has {size} tokens, but the model has 256" in error_of(
         capsys, path, *words, "--data.tokenizer", str(chat_model)
     )
+    other = tmp_path / "other"
+    tok.train_tokenizer(["zebra zoo zoom"] * 3, 300, other)
+    message = error_of(capsys, path, "--data.tokenizer", str(other))
+    assert message.startswith(f"{other}: not a tokenizer for this model: token ")
+    assert f"in {chat_model}, which the model was trained with, and " in message
     none, _ = recipe("none", **{"model.path": None, "model.preset": "tiny"})
     assert error_of(capsys, none).startswith("data.tokenizer: required")
     nothing, _ = recipe("nothing", **{"model.path": None})

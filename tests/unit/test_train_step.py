@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 
 from infir2.config import LogSection, OptimSection, TrainSection
 from infir2.data.packing import Window, pack
-from infir2.errors import TrainingStopped
+from infir2.errors import TrainingStopped, UserError
 from infir2.fp8.convert import convert, refresh_weights
 from infir2.fp8.linear import Fp8Linear
 from infir2.fp8.recipe import recipe_named
+from infir2.fp8.tensor import Operand
 from infir2.model.attention import document_attention
 from infir2.model.transformer import CausalLM
 from infir2.parallel.runtime import World
@@ -26,6 +28,7 @@ from infir2.train import step as step_module
 from infir2.train.loop import Callbacks, Progress, train
 from infir2.train.metrics import MetricsWriter, read_metrics
 from infir2.train.optimizer import build_optimizer
+from infir2.train.peak import peak_tflops
 from infir2.train.step import StepResult, evaluate, train_step
 from infir2.types import IGNORE, Batch
 
@@ -193,7 +196,7 @@ def inf_fp8_input(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
         x[0, 3, 0] = float("inf")
         return (x,)
 
-    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(poison)
+    model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(poison)
 
 
 def nan_fp8_gradient(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +205,7 @@ def nan_fp8_gradient(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
         grad[0, 3, 0] = float("nan")
         return grad
 
-    model.model.layers[0].self_attn.q_proj.register_forward_hook(
+    model.model.layers[0].self_attn.o_proj.register_forward_hook(
         lambda module, args, out: out.register_hook(poison) and None
     )
 
@@ -242,31 +245,31 @@ def test_a_finite_loss_does_not_hide_a_bad_gradient(poison: Callable, monkeypatc
 
 def test_weights_are_quantised_once_an_optimiser_step(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("blockwise")
-    layers = sum(isinstance(module, Fp8Linear) for module in model.modules())
-    assert layers == 14
+    assert sum(isinstance(module, Fp8Linear) for module in model.modules()) == 14
+    weights = 2 * 4  # q, k and v are one operand, gate and up another
     made = 0
-    requantize = Fp8Linear._requantize
+    quantize = Operand.quantize
 
-    def counted(layer: Fp8Linear) -> None:
+    def counted(x: Tensor, granularity: str, *rest: Any) -> Operand:
         nonlocal made
-        made += 1
-        requantize(layer)
+        made += granularity == "block"
+        return quantize(x, granularity, *rest)
 
-    monkeypatch.setattr(Fp8Linear, "_requantize", counted)
+    monkeypatch.setattr(Operand, "quantize", counted)
     optimizer = adam(model)
     counts = []
     for n in range(3):
         step(model, optimizer, batches(n, micro_batch=1))  # four micro-batches
         counts.append(made)
-    assert counts == [layers, 2 * layers, 3 * layers]
+    assert counts == [weights, 2 * weights, 3 * weights]
     evaluate(model, batches(), WORLD, attention_for)
     evaluate(model, batches(), WORLD, attention_for)
     step(model, optimizer, batches())
-    assert made == 4 * layers, "an evaluation uses the codes that the next step uses"
+    assert made == 4 * weights, "an evaluation uses the codes that the next step uses"
     with monkeypatch.context() as patch:
         nan_loss(model, patch)
         assert step(model, optimizer, batches()).skipped
-    assert made == 4 * layers, "a skipped step leaves the codes as they are"
+    assert made == 4 * weights, "a skipped step leaves the codes as they are"
 
 
 # Evaluation
@@ -324,16 +327,16 @@ class Run:
         settings = {"steps": 6, "global_batch": 4, "eval_every": 0, "save_every": 0, "max_skipped_steps": 3} | changes
         self.config = TrainSection(**settings)
 
-    def go(self) -> bool:
+    def go(self, health_every: int = 0) -> signal.Signals | None:
         def made(first: int, last: int) -> Iterator[Sequence[Batch]]:
             for n in range(first, last + 1):
                 self.at_step(n, self.model)
                 yield batches(n)
 
         callbacks = Callbacks(
-            batches=made,
+            batches=lambda first, last, _: made(first, last),
             learning_rate=lambda step: 1e-3 / step,
-            evaluate=lambda: evaluate(self.model, batches(99), WORLD, attention_for),
+            evaluate=lambda _: {"eval_loss": evaluate(self.model, batches(99), WORLD, attention_for)},
             save=lambda progress: self.saved.append(progress.to_json()),
             poll=lambda: None,
             finish=lambda: self.finished.append(signal.getsignal(signal.SIGTERM)),
@@ -342,7 +345,7 @@ class Run:
         with MetricsWriter(self.folder, self.config.steps, tensorboard=False, live=False) as metrics:
             return train(
                 self.model, self.optimizer, self.progress, self.config, WORLD, metrics, callbacks,
-                clip=1.0, flops_per_token=1.0, log=LogSection(),
+                clip=1.0, flops_per_token=float, log=LogSection(), health_every=health_every,
             )  # fmt: skip
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
@@ -351,7 +354,7 @@ class Run:
 
 def test_the_loop_saves_evaluates_and_counts(tmp_path: Path) -> None:
     run = Run(tmp_path, eval_every=4, save_every=2)
-    assert run.go()
+    assert run.go() is None
     assert [at["step"] for at in run.saved] == [2, 4, 6]
     assert [line["step"] for line in run.lines("eval")] == [4, 6]
     lines = run.lines("train")
@@ -374,7 +377,7 @@ def test_skips_are_counted_and_forgiven(tmp_path: Path, monkeypatch: pytest.Monk
         step_module, "cross_entropy_sum", lambda *args: true(*args) * (float("inf") if now in bad else 1.0)
     )
     run = Run(tmp_path, note, steps=7)
-    assert run.go()
+    assert run.go() is None
     assert (run.progress.step, run.progress.skipped, run.progress.skipped_in_a_row) == (7, 4, 0)
     events = run.lines("event")
     assert [(event["step"], event["event"]) for event in events] == [(n, "skip") for n in sorted(bad)]
@@ -405,27 +408,146 @@ def test_too_many_skips_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pytes
 def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: signal.Signals) -> None:
     run = Run(tmp_path, lambda n, model: os.kill(os.getpid(), number) if n == 3 else None)
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    assert not run.go()
-    assert [at["step"] for at in run.saved] == [3]
-    assert [event["event"] for event in run.lines("event")] == ["stopped"]
+    assert run.go() == number
+    assert [at["step"] for at in run.saved] == [2], "the step that had not begun is not run"
+    assert [(event["event"], event["signal"]) for event in run.lines("event")] == [("stopped", number.name)]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert len(run.finished) == 1
     assert run.finished[0] != signal.SIG_DFL, "a second SIGTERM must not cut the last save short"
 
 
-def test_a_signal_in_the_last_step_ends_a_whole_run(tmp_path: Path) -> None:
-    run = Run(tmp_path, lambda n, model: os.kill(os.getpid(), signal.SIGTERM) if n == 6 else None)
-    assert run.go()
+def signal_at_micro_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
+    """SIGTERM arrives inside a micro-batch (counted from 1 over the run); returns the list of those that were run."""
+    true, done = step_module.cross_entropy_sum, []
+
+    def killing(*args: Any) -> Tensor:
+        done.append(len(done) + 1)
+        if len(done) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true(*args)
+
+    monkeypatch.setattr(step_module, "cross_entropy_sum", killing)
+    return done
+
+
+def test_a_signal_between_micro_batches_drops_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, save_every=2)
+    kept: list[dict[str, Tensor]] = []
+    run.optimizer.register_step_post_hook(lambda *_: kept.append(snapshot(run.model, run.optimizer)))
+    done = signal_at_micro_batch(monkeypatch, 5)  # two a step: the first one of the third step
+    assert run.go() == signal.SIGTERM
+    assert len(done) == 5, "the other micro-batch is not run"
+    assert [at["step"] for at in run.saved] == [2], "saved at its time, and not again"
+    assert run.progress.step == len(kept) == 2
+    assert same(snapshot(run.model, run.optimizer), kept[-1])
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    assert [line["step"] for line in run.lines("train")] == [1, 2]
+
+
+def test_a_signal_in_the_first_step_saves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal_at_micro_batch(monkeypatch, 1)
+    run = Run(tmp_path)
+    assert run.go() == signal.SIGTERM
+    assert run.saved == []
+
+
+def test_a_signal_in_the_last_micro_batch_ends_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal_at_micro_batch(monkeypatch, 12)
+    run = Run(tmp_path)
+    assert run.go() is None
     assert [at["step"] for at in run.saved] == [6]
+
+
+def test_a_run_that_skips_every_step_fails(tmp_path: Path) -> None:
+    run = Run(tmp_path, steps=2)
+    with torch.no_grad():
+        run.model.model.norm.weight[0] = float("nan")
+    with pytest.raises(TrainingStopped, match=r"No step was good, so the weights .* may hold NaN"):
+        run.go()
+    assert run.saved == []
+
+
+def test_a_failure_is_raised_where_no_process_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk under metrics.jsonl: told at the next meeting of the processes, before another step is done."""
+
+    def full(self: MetricsWriter, step: int, *args: Any, **more: Any) -> None:
+        if step == 2:
+            raise UserError("metrics.jsonl: cannot be written: No space left on device")
+
+    monkeypatch.setattr(MetricsWriter, "log", full)
+    run = Run(tmp_path)
+    with pytest.raises(UserError, match="No space left"):
+        run.go()
+    assert run.progress.step == 2
+
+
+def test_a_failure_in_the_last_step_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: MetricsWriter, step: int, *args: Any, **more: Any) -> None:
+        if step == 6:
+            raise UserError("metrics.jsonl: cannot be written: No space left on device")
+
+    monkeypatch.setattr(MetricsWriter, "log", full)
+    with pytest.raises(UserError, match="No space left"):
+        Run(tmp_path).go()
+
+
+# What is measured
+
+
+def test_a_step_counts_its_tokens_and_attended_pairs() -> None:
+    made = batches()
+    model = build()
+    result = step(model, adam(model), made)
+    bounds = [batch.cu_seqlens.tolist() for batch in made]
+    lengths = [b - a for cuts in bounds for a, b in pairwise(cuts)]
+    assert sum(lengths) == result.tokens == 4 * SEQ_LEN
+    assert result.attended == sum(n * (n + 1) // 2 for n in lengths)
+    assert 4 * SEQ_LEN < result.attended < 4 * SEQ_LEN * (SEQ_LEN + 1) / 2
+    whole = pack(windows(4), False)
+    assert whole.attended == 4 * SEQ_LEN * (SEQ_LEN + 1) // 2
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA H20", 148.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A100 80GB PCIe", 312.0),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H1000", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_peak_follows_the_form_factor(name: str, peak: float | None) -> None:
+    assert peak_tflops(name) == peak
+
+
+def test_health_does_not_change_training(tmp_path: Path) -> None:
+    losses = []
+    for health_every in (0, 2):
+        run = Run(tmp_path / str(health_every))
+        assert run.go(health_every=health_every) is None
+        losses.append([(line["loss"], line["grad_norm"]) for line in run.lines("train")])
+    assert losses[0] == losses[1]
+    assert [line["step"] for line in run.lines("health")] == [1, 2, 4, 6]
+    row = run.lines("health")[0]["layers"]["model.layers.0.mlp.up_proj"]
+    assert {"x_underflow", "w_sqnr_db", "g_saturated"} <= row.keys()
 
 
 def test_a_trace_is_written(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with MetricsWriter(tmp_path, 6, tensorboard=False, live=False) as metrics:
         callbacks = Callbacks(
-            batches=lambda first, last: (batches(n) for n in range(first, last + 1)),
+            batches=lambda first, last, _: (batches(n) for n in range(first, last + 1)),
             learning_rate=lambda step: 1e-3,
-            evaluate=lambda: 0.0,
+            evaluate=lambda _: {"eval_loss": 0.0},
             save=lambda progress: None,
             poll=lambda: None,
             finish=lambda: None,
@@ -433,8 +555,8 @@ def test_a_trace_is_written(tmp_path: Path) -> None:
         )
         train(
             run.model, run.optimizer, run.progress, run.config, WORLD, metrics, callbacks, clip=1.0,
-            flops_per_token=1.0, log=LogSection(profile_steps=1), trace_folder=tmp_path / "profile",
+            flops_per_token=float, log=LogSection(profile_steps=1), trace_folder=tmp_path / "profile",
         )  # fmt: skip
     (trace,) = (tmp_path / "profile").iterdir()
-    assert trace.name == "trace-from-step-000004.json"
+    assert trace.name == "trace-from-step-000004-rank-0.json"
     assert "infir2::scaled_mm" in trace.read_text()

@@ -25,8 +25,12 @@ def test_every_answer_verifies_and_every_step_is_true(stage: int) -> None:
         assert score(example, boxed(example.completion)) == 1.0
         assert example.steps
         for step in example.steps:
-            # Every equation in a step, reckoned by Python.
-            for match in re.finditer(r"([-\d+*/ ]+|\d+ mod \d+) = (-?\d[-\d*+ ]*)", step):
+            # Every equation in a step, reckoned by Python; the columns of a sum stand between it and its result.
+            columns = re.findall(r"\(([^()]*=[^()]*)\)", step)
+            whole = re.sub(r"\([^()]*=[^()]*\)", "", step)
+            for match in re.finditer(
+                r"(-?[\d(][-\d+*/() ]*|\d+ mod \d+) ?= ?(-?\d[-\d*+ ]*)", ", ".join([whole, *columns])
+            ):
                 left, right = (eval(side.replace("mod", "%").strip(), {}) for side in match.groups())
                 assert left == right, step
                 checked += 1
@@ -34,6 +38,21 @@ def test_every_answer_verifies_and_every_step_is_true(stage: int) -> None:
     assert max(families.values()) - min(families.values()) <= 2
     print(f"stage {stage}: {COUNT} examples, {checked} equations")
     assert checked > COUNT
+
+
+def test_the_columns_of_a_sum() -> None:
+    """Carries and borrows are spelled out, and the result stands in the columns: its digits, from the right."""
+    seen: Counter[str] = Counter()
+    for example in worked_examples(2, 300, seed=4, families=["chain_sum"]):
+        for step in example.steps:
+            if spelled := re.fullmatch(r"(-?\d+)([-+])(\d+)\((.*)\)=(-?\d+)", step):
+                left, sign, right, columns, result = spelled.groups()
+                digits = [int(piece.split("=")[1]) % 10 for piece in columns.split(", ")]
+                carry = int(columns.split("=")[-1]) // 10
+                value = sum(digit * 10**place for place, digit in enumerate(digits)) + carry * 10 ** len(digits)
+                assert value == abs(int(result)) == abs(eval(f"{left}{sign}{right}")), step
+                seen[sign] += 1
+    assert min(seen["+"], seen["-"]) > 100
 
 
 def test_part_marks_count_as_nothing() -> None:
@@ -81,6 +100,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert rows == [example.row() for example in worked_examples(2, 30, 4)]
     assert [message["role"] for message in rows[0]["messages"]] == ["user", "assistant"]
     assert "30 examples" in capsys.readouterr().out
+    assert (
+        cli.main(["examples", str(out.with_name("text.jsonl")), "--form", "text", "--count", "2", "--seed", "4"]) == 0
+    )
+    texts = [json.loads(line)["text"] for line in out.with_name("text.jsonl").read_text().splitlines()]
+    assert texts == [f"{one.question}\n{one.completion}" for one in worked_examples(1, 2, 4)]
+    out.with_name("text.jsonl").unlink()
     assert cli.main(["examples", str(out), "--families", "chian_sum"]) == 2
     assert "Did you mean 'chain_sum'?" in capsys.readouterr().err
     assert [path.name for path in out.parent.iterdir()] == ["stage2.jsonl"], "an earlier file stays, no rest beside it"

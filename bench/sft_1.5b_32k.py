@@ -1,0 +1,147 @@
+"""One packed 32k step of supervised fine-tuning of the 1.5B shape: FP8 and BF16, time and memory side by side.
+
+    python bench/sft_1.5b_32k.py RESULT.json
+    python bench/sft_1.5b_32k.py RESULT.json --check      # the same code at a tiny shape: runs on a CPU in seconds
+
+recipes/sft_1.5b_stage1.toml with random weights. The conversations have random tokens and lengths such as reasoning
+data have (half below 6,000 tokens, a tail to 32,768); two thirds of the tokens are trained on. A step here is one
+micro-batch, the fullest of a global batch as the loader packs it: forward, backward and AdamW. Every precision sees the
+same batches, and starts from the same weights in fresh memory.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from infir2.config import SftConfig, load
+from infir2.data.chat import Sample
+from infir2.data.sft import SftLoader, TokenRows
+from infir2.fp8.convert import refresh_weights
+from infir2.model.attention import document_attention
+from infir2.parallel.runtime import World, world
+from infir2.stages.environment import environment
+from infir2.stages.training import build_model, model_config, seed_everything
+from infir2.train.optimizer import build_optimizer
+from infir2.train.step import train_step
+from infir2.types import Batch
+
+RECIPE = Path(__file__).parents[1] / "recipes/sft_1.5b_stage1.toml"
+ROWS = 256
+
+
+def recipe(options: argparse.Namespace, precision: str) -> SftConfig:
+    """The shipped recipe at the wanted shape."""
+    name, vocabulary = ("micro", 512) if options.check else ("qwen2.5-1.5b", 151_936)
+    words = {
+        "model": f'{{ preset = "{name}", vocab_size = {vocabulary} }}',
+        "fp8.recipe": precision,
+        "data.max_length": options.length,
+        "data.max_tokens_per_gpu": options.length,
+        "train.compile": str(options.compile).lower(),
+        "train.activation_checkpointing": options.checkpointing,
+    }
+    return load(SftConfig, RECIPE, [word for key, value in words.items() for word in (f"--{key}", str(value))])
+
+
+def micro_batches(config: SftConfig, vocabulary: int, count: int) -> list[Batch]:
+    """The fullest micro-batch of each of ``count`` steps."""
+    rng = np.random.default_rng(config.train.seed)
+    longest = config.data.max_length
+    lengths = np.clip(rng.lognormal(np.log(longest * 6_000 / 32_768), 0.9, ROWS), 16, longest).astype(int)
+    samples = [Sample(rng.integers(0, vocabulary, n).astype(np.int32), np.arange(n) > n // 3) for n in lengths]
+    loader = SftLoader(
+        TokenRows.join(samples), config.train.seed, config.train.global_batch, count, config.data.max_tokens_per_gpu
+    )
+    return [loader.step(step)[0] for step in range(1, count + 1)]
+
+
+def measure(options: argparse.Namespace, precision: str, here: World) -> dict[str, Any]:
+    """Seconds of every step, and the peak of the device's memory over them."""
+    config = recipe(options, precision)
+    seed_everything(config)
+    architecture = model_config(config, 0)
+    batches = micro_batches(config, architecture.vocab_size, options.warmup + options.steps)
+    model, report = build_model(config, architecture, here)
+    refresh_weights(model)
+    optimizer = build_optimizer(model, config.optim)
+    dtype = getattr(torch, config.model.dtype)
+    seconds, losses = [], []
+    for number, batch in enumerate(batches):
+        if number == options.warmup and here.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        result = train_step(
+            model, optimizer, [batch], here, lambda one: document_attention(one, dtype), config.optim.clip
+        )
+        _wait(here)
+        seconds.append(time.perf_counter() - began)
+        assert result is not None
+        losses.append(result.loss)
+        print(f"{precision}: step {number + 1} of {len(batches)}: {seconds[-1]:.3f} s, loss {losses[-1]:.4f}")
+    timed = seconds[options.warmup :]
+    tokens = [int(batch.cu_seqlens[-1]) for batch in batches[options.warmup :]]
+    return {
+        "precision": precision,
+        "fp8_layers": len(report.converted),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "step_s": [round(value, 4) for value in timed],
+        "median_step_s": round(statistics.median(timed), 4),
+        "tokens_per_s": round(sum(tokens) / sum(timed), 1),
+        "tokens": tokens,
+        "documents": [batch.cu_seqlens.numel() - 1 for batch in batches[options.warmup :]],
+        "peak_memory_gb": _peak_memory(here),
+        "losses": [round(loss, 4) for loss in losses],
+    }
+
+
+def _wait(here: World) -> None:
+    if here.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_memory(here: World) -> float | None:
+    """In GB; None on a CPU, where torch does not count it."""
+    return round(torch.cuda.max_memory_allocated() / 1e9, 3) if here.device.type == "cuda" else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, metavar="RESULT.json")
+    parser.add_argument(
+        "--precision", nargs="+", default=["bf16", "blockwise", "hybrid"], help="the first is compared to"
+    )
+    parser.add_argument("--length", type=int, help="tokens of a micro-batch (32768; with --check 512)")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them (%(default)s)")
+    parser.add_argument("--checkpointing", choices=("none", "full"), default="full", help="as the recipe (%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every decoder layer")
+    parser.add_argument("--check", action="store_true", help="a tiny shape, to see that everything runs")
+    options = parser.parse_args()
+    options.length = options.length or (512 if options.check else 32_768)
+    record = environment()
+    record["settings"] = {key: value for key, value in vars(options).items() if key != "result"}
+    rows: list[dict[str, Any]] = []
+    with world() as here:
+        for precision in options.precision:
+            rows.append(measure(options, precision, here))
+            gc.collect()
+            if here.device.type == "cuda":
+                torch.cuda.empty_cache()
+    for row in rows:
+        row["speed_up"] = round(rows[0]["median_step_s"] / row["median_step_s"], 3)
+        if row["peak_memory_gb"]:
+            row["memory_ratio"] = round(row["peak_memory_gb"] / rows[0]["peak_memory_gb"], 3)
+    record["rows"] = rows
+    options.result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Reinforcement learning: the one floor that joins trainer and rollout engine."""

@@ -1,0 +1,211 @@
+"""From a model that a user names to an engine that runs it, in the precision that it was trained or is stored in."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from infir2.errors import ConfigError, DataError
+from infir2.stages.byte_progress import byte_progress
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from infir2.checkpoint.model_source import ModelSource
+    from infir2.fp8.convert import SwapReport
+    from infir2.model.config import ModelConfig
+    from infir2.model.transformer import CausalLM
+    from infir2.rollout.engine import Engine
+
+PRECISIONS = ("auto", "bf16", "blockwise")
+DTYPES = ("auto", "bfloat16", "float32")
+CPU_CACHE_TOKENS = 65_536
+_CACHE_SHARE = 0.85  # of the GPU memory that the weights leave; the rest is for activations
+
+
+@dataclass(frozen=True)
+class InferenceOptions:
+    """How a model is run; the command line has the same names."""
+
+    precision: str = "auto"
+    dtype: str = "auto"
+    tokenizer: Path | None = None
+    cache_tokens: int | None = None
+    max_sequences: int = 256
+    max_batch_tokens: int = 4096
+    max_length: int | None = None
+    cache_dtype: str = "auto"
+    seed: int = 0
+
+    @staticmethod
+    def of(args: argparse.Namespace) -> "InferenceOptions":
+        return InferenceOptions(**{name: getattr(args, name) for name in InferenceOptions.__dataclass_fields__})
+
+
+def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of everything that generates."""
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--precision", choices=PRECISIONS, default="auto",
+        help="linear layers: auto = as the run trained or the folder stores them, bf16, or blockwise (FP8)",
+    )  # fmt: skip
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of everything else (auto: as trained, bfloat16)"
+    )
+    group.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one that goes with MODEL)")
+    group.add_argument(
+        "--cache-tokens", type=int, metavar="N",
+        help=f"tokens in the key-value cache (default: what fits into GPU memory; {CPU_CACHE_TOKENS:,} on a CPU)",
+    )  # fmt: skip
+    group.add_argument("--cache-dtype", choices=("auto", "fp8"), default="auto", help="of the key-value cache (auto)")
+    group.add_argument("--max-sequences", type=int, default=256, metavar="N", help="samples at once (%(default)s)")
+    group.add_argument(
+        "--max-batch-tokens", type=int, default=4096, metavar="N", help="tokens of a forward pass (%(default)s)"
+    )
+    group.add_argument(
+        "--max-length", type=int, metavar="N", help="longest prompt plus answer (default: the model's positions)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of requests that bring none (%(default)s)")
+
+
+def load_engine(
+    text: str, options: InferenceOptions, console: Console
+) -> tuple["Engine", "PreTrainedTokenizerBase", "ModelSource"]:
+    """The engine around the model that ``text`` names, its tokenizer, and where both come from.
+
+    Raises CheckpointError for a model that is not whole, DataError for one without a tokenizer, and ConfigError for
+    options that do not go together.
+    """
+    import torch
+
+    from infir2.data.tokenizer import load_tokenizer
+    from infir2.rollout.engine import Engine
+    from infir2.rollout.options import EngineOptions
+
+    source = _open(text)
+    place = options.tokenizer or source.tokenizer
+    if place is None:
+        raise DataError(f"{text}: no tokenizer goes with this model; give one with --tokenizer FOLDER")
+    tokenizer = load_tokenizer(place)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, report = load_model(source, options, device, console)
+    if report.converted:
+        console.print(str(report))
+    engine_options = EngineOptions(
+        cache_tokens=options.cache_tokens or _default_cache_tokens(model, options, device),
+        max_sequences=options.max_sequences,
+        max_batch_tokens=max(options.max_batch_tokens, options.max_sequences),
+        max_length=options.max_length,
+        cache_dtype=options.cache_dtype,  # type: ignore[arg-type]
+        seed=options.seed,
+    )
+    return Engine(model, tokenizer, engine_options), tokenizer, source
+
+
+def load_model(
+    source: "ModelSource", options: InferenceOptions, device: "torch.device", console: Console
+) -> tuple["CausalLM", "SwapReport"]:
+    """The model with its weights, FP8 layers converted and quantised; parameters that need no float32 have none."""
+    import torch
+
+    from infir2.fp8.convert import convert, refresh_weights
+    from infir2.fp8.recipe import recipe_named
+    from infir2.model.transformer import CausalLM
+
+    dtype = _compute_dtype(source, options)
+    name, scale_format, keep = fp8_of(source, options.precision)
+    with torch.device("meta"):
+        model = CausalLM(source.architecture, dtype)
+    # Without a trainer no master weights are needed: layers round their weights to the compute dtype before they use
+    # them, FP8 layers to bfloat16.
+    model.to(dtype)
+    report = convert(model, recipe_named(name, scale_format), keep)
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    total = sum(parameter.nbytes for parameter in parameters.values())
+    done = 0
+    with byte_progress(console, "loading") as progress, torch.no_grad():
+        for parameter_name, stored in source.names.items():
+            target = parameters[parameter_name]
+            target.copy_(source.tensors.tensor(stored))
+            done += target.nbytes
+            progress(done, total)
+    refresh_weights(model)
+    model.eval().requires_grad_(False)
+    return model, report
+
+
+def fp8_of(source: "ModelSource", precision: str) -> tuple[str, str, dict[str, str]]:
+    """(recipe, scale format, layers to keep -> why): of training, of the FP8 folder, or what ``precision`` asks for."""
+    from infir2.checkpoint.huggingface import read_config
+    from infir2.fp8.convert import keep_outer_layers
+
+    recipe, scale_format, keep = "bf16", "ue8m0", {}
+    if source.kind == "dcp":
+        trained = (source.meta.get("config") or {}).get("fp8") or {}
+        recipe = trained.get("recipe", recipe)
+        scale_format = trained.get("scale_format", scale_format)
+        first, last = trained.get("bf16_first_layers", 0), trained.get("bf16_last_layers", 0)
+        keep = keep_outer_layers(source.architecture.num_hidden_layers, first, last)
+    elif source.kind == "fp8":
+        stored: dict[str, Any] = read_config(source.path)["quantization_config"]
+        recipe = "blockwise"
+        scale_format = "ue8m0" if stored.get("scale_fmt") == "ue8m0" else "fp32"
+        skipped = stored.get("modules_to_not_convert") or []
+        keep = {f"{name}.": "the folder stores it in high precision" for name in skipped}
+    return (recipe if precision == "auto" else precision), scale_format, keep
+
+
+def end_ids(source: "ModelSource") -> tuple[int, ...]:
+    """End tokens that generation_config.json adds to those of config.json."""
+    try:
+        found = json.loads(source.texts.get("generation_config.json", "{}")).get("eos_token_id") or []
+    except (ValueError, AttributeError):
+        return ()
+    return tuple(token for token in ([found] if isinstance(found, int) else found) if isinstance(token, int))
+
+
+def model_name(text: str) -> str:
+    """What a model is called where no name is given: its folder's name, a step's with its run's."""
+    path = Path(text).expanduser().resolve()
+    return f"{path.parents[1].name}-{path.name}" if path.parent.name == "checkpoints" else path.name
+
+
+def _open(text: str) -> "ModelSource":
+    import torch
+
+    from infir2.checkpoint.model_source import open_source
+
+    # Scales that are not powers of two make values that bfloat16 would round; float32 holds all of them.
+    return open_source(text, torch.float32)
+
+
+def _compute_dtype(source: "ModelSource", options: InferenceOptions) -> "torch.dtype":
+    import torch
+
+    if options.dtype != "auto":
+        return getattr(torch, options.dtype)
+    trained = ((source.meta.get("config") or {}).get("model") or {}).get("dtype", "bfloat16")
+    return getattr(torch, trained)
+
+
+def _default_cache_tokens(model: "CausalLM", options: InferenceOptions, device: "torch.device") -> int:
+    import torch
+
+    if device.type != "cuda":
+        return CPU_CACHE_TOKENS
+    free, _ = torch.cuda.mem_get_info(device)
+    tokens = int(free * _CACHE_SHARE / _cache_bytes_per_token(model.config, options, model.model.compute_dtype))
+    if tokens < 1024:
+        raise ConfigError(f"the weights leave room for a cache of {tokens} tokens only; this GPU is too small for them")
+    return tokens
+
+
+def _cache_bytes_per_token(config: "ModelConfig", options: InferenceOptions, dtype: "torch.dtype") -> int:
+    """Keys and values of all layers; an FP8 cache has a float32 scale a head."""
+    element = config.head_dim * dtype.itemsize if options.cache_dtype == "auto" else config.head_dim + 4
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * element

@@ -1,0 +1,243 @@
+"""Reinforcement learning on prompts with checkable answers: `infir2 rl RECIPE [--section.key value ...]`.
+
+GRPO with DAPO's refinements: groups of samples from the embedded engine, which shares the trainer's weights; rewards;
+one or more optimiser steps; again. Run the same command again to resume. Stage 1 names a fine-tuning run under
+init.checkpoint, stage 2 names stage 1's. --dry-run reads the prompts and shows what would be run.
+"""
+
+import argparse
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infir2.config import RewardSection, RlConfig, describe, load
+from infir2.errors import ConfigError
+
+if TYPE_CHECKING:
+    from infir2.data.chat import ChatTokenizer
+    from infir2.data.prompts import PromptSet
+    from infir2.model.config import ModelConfig
+    from infir2.model.transformer import CausalLM
+    from infir2.parallel.runtime import World
+    from infir2.reward.score import Scorer
+    from infir2.rl.loop import RlLoop
+    from infir2.rollout.options import EngineOptions
+    from infir2.train.loop import Progress
+    from infir2.train.metrics import MetricsWriter
+
+ACCEPTS_OVERRIDES = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="TOML file, such as recipes/rl_tiny_stage1.toml")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, parameters and memory; stop")
+    parser.epilog = "recipe keys (override with --section.key value):\n" + "\n".join(
+        f"  --{key}  [{default}]\n      {text}" for key, default, text in describe(RlConfig)
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from infir2.parallel.runtime import world
+
+    config = load(RlConfig, args.recipe, args.overrides)
+    with world(config.parallel.replicate) as here:
+        if here.size > 1:
+            raise ConfigError("infir2 rl trains and samples in one process on one device; start it without torchrun")
+        if args.dry_run:
+            print(plan(config, here))
+            return 0
+        stopped = train_rl(config, here)
+    if stopped:
+        print(f"stopped on request; run the same command to resume {config.run}")
+        return 128 + stopped
+    return 0
+
+
+def plan(config: RlConfig, world: "World") -> str:
+    """What the recipe would do, for people; nothing is written."""
+    from infir2.stages.dry_run import GIB, Workload, describe_run
+    from infir2.stages.sft import open_model
+
+    chat, _, architecture = open_model(config)
+    data = read_data(config, chat, make_scorer(config.reward), show_progress=True)
+    train, rollout = config.train, config.rollout
+    longest, _ = config.longest
+    work = Workload(train.steps, train.steps * train.global_batch * longest, config.data.max_tokens_per_gpu)
+    width = 1 if rollout.cache_dtype == "fp8" else 2
+    heads = 2 * architecture.num_hidden_layers * architecture.num_key_value_heads * architecture.head_dim
+    return "\n".join(
+        [
+            describe_run(config, architecture, world.size, work),
+            f"while it samples, the engine's cache of {rollout.cache_tokens:,} tokens: "
+            f"{rollout.cache_tokens * heads * width / GIB:.2f} GiB",
+            *_data_lines(config, data),
+        ]
+    )
+
+
+def train_rl(config: RlConfig, world: "World") -> "signal.Signals | None":
+    """Run or resume reinforcement learning. Returns the signal that ended it early, if any."""
+    import torch
+
+    from infir2.data.prompts import order_fingerprint
+    from infir2.model.attention import document_attention
+    from infir2.rl.objective import PolicyObjective
+    from infir2.stages.sft import keep_tokenizer, open_model
+    from infir2.stages.training import StageData, run_training
+
+    chat, tokenizer, architecture = open_model(config)
+    scorer = make_scorer(config.reward)
+    data = read_data(config, chat, scorer, show_progress=world.is_main)
+    print("\n".join(_data_lines(config, data)))
+    wiring = _Wiring(config, architecture, chat, tokenizer, data, scorer, world)
+    dtype = getattr(torch, config.model.dtype)
+    stage = StageData(
+        loop=config.train.loop(),
+        batches=lambda first, last, _, interrupted: wiring.loop.batches(first, last, interrupted),
+        held_out=list,
+        attention_for=lambda batch: document_attention(batch, dtype),
+        fingerprint=order_fingerprint(data[0], config.train.seed, config.rollout.prompts),
+        order_keys="prompts, labels, tokenizer, chat template, rollout.prompts or seed",
+        continues=False,
+        step_values=lambda step, result: wiring.loop.step_values(step, result),
+        objective=PolicyObjective(config.policy, config.rollout.temperature),
+        together=config.updates,
+        begin=wiring.begin,
+        evaluate=lambda interrupted: wiring.loop.evaluate(wiring.progress.step, interrupted),
+        summary={name: len(prompts) for name, prompts in zip(("prompts", "held_out"), data)},
+        write=lambda run: keep_tokenizer(tokenizer, chat.template, run / "tokenizer"),
+    )
+    try:
+        return run_training(config, world, stage, architecture, Path(config.run) / "tokenizer")
+    finally:
+        scorer.close()
+
+
+class _Wiring:
+    """Puts the loop together once the model is there."""
+
+    loop: "RlLoop"
+    progress: "Progress"
+
+    def __init__(
+        self,
+        config: RlConfig,
+        architecture: "ModelConfig",
+        chat: "ChatTokenizer",
+        tokenizer: Path,
+        data: "Sequence[PromptSet]",
+        scorer: "Scorer",
+        world: "World",
+    ) -> None:
+        self.config, self.architecture, self.chat, self.tokenizer = config, architecture, chat, tokenizer
+        self.data, self.scorer, self.world = data, scorer, world
+
+    def begin(self, model: "CausalLM", progress: "Progress", metrics: "MetricsWriter") -> None:
+        """Make engine, collector and loop; evaluate before the first step of a run."""
+        import torch
+
+        from infir2.data.tokenizer import load_tokenizer
+        from infir2.model.attention import document_attention
+        from infir2.rl.collect import Collector
+        from infir2.rl.loop import RlLoop
+        from infir2.rl.samples import SampleLog
+        from infir2.rollout.engine import Engine
+
+        config = self.config
+        tokenizer = load_tokenizer(self.tokenizer)
+        engine = Engine(model, tokenizer, engine_options(config), weight_version=progress.step)
+        stop_ids = {i for i in (self.chat.end_of_turn(), tokenizer.eos_token_id) if i is not None}
+        collector = Collector(
+            engine, self.scorer, config.rollout, config.reward, sorted(stop_ids), config.train.seed, metrics.activity
+        )
+        dtype = getattr(torch, config.model.dtype)
+        self.progress = progress
+        self.loop = RlLoop(
+            config=config,
+            model=model,
+            engine=engine,
+            collector=collector,
+            prompts=self.data[0].prompts,
+            held_out=self.data[1].prompts if len(self.data) > 1 else (),
+            attention_for=lambda batch: document_attention(batch, dtype),
+            reference=reference_model(config, self.architecture, self.world) if config.policy.kl_coef else None,
+            metrics=metrics,
+            samples=SampleLog(Path(config.run), progress.step),
+        )
+        if config.train.eval_every and progress.step == 0:
+            metrics.log(0, self.loop.evaluate(0), kind="eval")
+
+
+def read_data(config: RlConfig, chat: "ChatTokenizer", scorer: "Scorer", show_progress: bool) -> "list[PromptSet]":
+    """The prompts to train on and, where the recipe names them, the held-out ones."""
+    from infir2.data.conversations import RowSource
+    from infir2.data.documents import RowLedger
+    from infir2.data.prompts import prompt_row, read_prompts
+    from infir2.stages.sft import progress_bar
+
+    data = config.data
+    names = {"data.train": data.train} | ({"data.validation": data.validation} if data.validation else {})
+    found = []
+    for key, name in names.items():
+        ledger = RowLedger(data.max_bad_rows, "data.max_bad_rows")
+        with progress_bar(f"reading {key}", show_progress) as progress:
+            source = RowSource(name, key, prompt_row)
+            # A response without an answer is scored at once, but not before the label was looked at.
+            check = lambda label: scorer.score_many([("", label)])  # noqa: E731
+            found.append(read_prompts(source, chat, data.max_prompt_tokens, ledger, check, progress))
+    return found
+
+
+def make_scorer(reward: RewardSection) -> "Scorer":
+    """The recipe's reward."""
+    from infir2.reward.dispatch import reward_for
+
+    options: dict[str, Any] = {"think": reward.think}
+    if reward.kind == "code":
+        from infir2.reward.sandbox import Limits
+
+        options["limits"] = Limits(wall_s=reward.limit_s)
+    elif reward.kind != "choice":
+        options["limit_s"] = reward.limit_s
+    if reward.workers and reward.kind != "choice":
+        options["workers"] = reward.workers
+    return reward_for(reward.kind, **options)
+
+
+def engine_options(config: RlConfig) -> "EngineOptions":
+    from infir2.rollout.options import EngineOptions
+
+    rollout = config.rollout
+    return EngineOptions(
+        cache_tokens=rollout.cache_tokens,
+        max_sequences=rollout.max_sequences,
+        max_batch_tokens=rollout.max_batch_tokens,
+        cache_dtype=rollout.cache_dtype,
+    )
+
+
+def reference_model(config: RlConfig, architecture: "ModelConfig", world: "World") -> "CausalLM":
+    """The model that the run started from, frozen, whatever has been trained since."""
+    from infir2.checkpoint.state import model_state
+    from infir2.checkpoint.store import CheckpointStore
+    from infir2.fp8.convert import refresh_weights
+    from infir2.stages.training import build_model
+
+    model, _ = build_model(config, architecture, world)
+    if config.init.checkpoint is not None:
+        store = CheckpointStore(Path(config.run) / "checkpoints")
+        store.load(store.find(config.init.checkpoint), {"model": model_state(model)}, ("optim",))
+    refresh_weights(model)
+    return model.requires_grad_(False)
+
+
+def _data_lines(config: RlConfig, data: "Sequence[PromptSet]") -> list[str]:
+    """What the data hold, for people."""
+    lines = [f"{name}: {len(p):,} prompts of {p.counts.summary()}" for name, p in zip(("train", "validation"), data)]
+    rollout, train = config.rollout, config.train
+    return [
+        *lines,
+        f"{train.steps:,} optimiser steps, {config.updates} a rollout of {rollout.prompts} prompts x {rollout.samples} "
+        f"samples; {train.steps // config.updates * rollout.prompts / len(data[0]):.2f} passes over the prompts",
+    ]

@@ -1,0 +1,226 @@
+"""The server inside this process: who may pass, what is too much, and what a fault of the engine leaves behind."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_chat
+import torch
+from fastapi.routing import APIRoute
+from fastapi.testclient import TestClient
+from rich.console import Console
+from starlette.websockets import WebSocketDisconnect
+
+from infir2.errors import ConfigError
+from infir2.rollout.engine import Engine
+from infir2.rollout.records import Request, SamplingParams, TokenEvent
+from infir2.serve.app import Server, make_app
+from infir2.serve.engine_thread import EngineThread
+from infir2.serve.errors import ApiError
+from infir2.serve.limits import Limits
+from infir2.serve.prompts import ServedModel
+from infir2.serve.protocol import ChatRequest, CompletionRequest, parse
+from infir2.serve.text import PieceStream
+from infir2.stages.inference import InferenceOptions, load_engine
+from infir2.stages.serve import api_key
+
+KEY = {"Authorization": "Bearer secret"}
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    model = small_chat.write_chat_model(tmp_path_factory.mktemp("chat"))
+    options = InferenceOptions(dtype="float32", cache_tokens=2048, max_sequences=16)
+    made, _, _ = load_engine(str(model), options, Console(quiet=True))
+    return made
+
+
+def make_server(engine: Engine, limits: Limits) -> Server:
+    served = ServedModel.of(engine, "small", engine.tokenizer)
+    return Server(EngineThread(engine, limits.pending), served, limits)
+
+
+@pytest.fixture
+def client(engine: Engine) -> Iterator[TestClient]:
+    limits = Limits(pending=8, max_tokens=64, body_seconds=0.2)
+    with TestClient(make_app(make_server(engine, limits), "secret"), raise_server_exceptions=False) as made:
+        yield made
+
+
+def ask(client: TestClient, **changes: Any) -> Any:
+    asked = {"model": "small", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, **changes}
+    return client.post(CHAT, json=asked, headers=KEY)
+
+
+def held(client: TestClient) -> dict[str, float]:
+    lines = client.get("/metrics", headers=KEY).text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    names = ("sequences_running", "sequences_waiting", "cache_blocks_held", "open_streams")
+    return {name: float(values[f"infir2_{name}"]) for name in names}
+
+
+def test_no_route_but_health_opens_without_the_key(client: TestClient) -> None:
+    routes = [route for route in client.app.routes if isinstance(route, APIRoute)]
+    assert {route.path for route in routes} == {
+        "/health", "/metrics", "/v1/models", "/v1/models/{name:path}", "/v1/chat/completions", "/v1/completions",
+    }  # fmt: skip
+    assert len(routes) == len(client.app.routes), "a route of another kind: add it here"
+    calls = [(method, route.path.replace("{name:path}", "small")) for route in routes for method in route.methods]
+    calls += [("GET", path) for path in ("/", "/nothing", "/docs", "/openapi.json", "/health/", "//health", "/v1")]
+    calls += [("OPTIONS", "/v1/models"), ("HEAD", "/v1/models"), ("DELETE", CHAT)]
+    for method, path in calls:
+        expected = 200 if path == "/health" else 401
+        assert client.request(method, path).status_code == expected, (method, path)
+        for wrong in ("secret", "Basic secret", "bearer secret", "Bearer ", "Bearer Secret", "Bearer secret "):
+            reply = client.request(method, path, headers={"Authorization": wrong})
+            # Trailing space is no part of a header's value.
+            assert reply.status_code == (expected if wrong.strip() != "Bearer secret" else reply.status_code)
+    twice = [("Authorization", "Bearer x"), ("Authorization", "Bearer secret")]
+    assert client.get("/v1/models", headers=twice).status_code == 401
+    refused = client.get("/v1/models")
+    assert refused.headers["www-authenticate"] == "Bearer"
+    assert refused.json()["error"]["code"] == "invalid_api_key"
+    with pytest.raises(WebSocketDisconnect), client.websocket_connect(CHAT, headers=KEY):
+        pass
+    assert client.get("/v1/models", headers=KEY).status_code == 200
+
+
+def test_a_fault_of_the_engine_is_told_and_leaves_nothing(client: TestClient, engine: Engine) -> None:
+    before = ask(client, seed=1).json()["choices"]
+    weight = engine.model.model.norm.weight
+    good = weight.clone()
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+    failed = ask(client)
+    assert failed.status_code == 500
+    assert "not finite" in failed.json()["error"]["message"]
+    streamed = ask(client, stream=True)
+    assert streamed.status_code == 200
+    last = streamed.text.strip().split("\n\n")[-1]
+    assert "not finite" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    with torch.no_grad():
+        weight.copy_(good)
+    assert set(held(client).values()) == {0}
+    assert "infir2_engine_faults_total 2" in client.get("/metrics", headers=KEY).text
+    engine.flush_cache()  # the broken weights' keys and values
+    assert client.get("/health").json() == {"status": "ok"}
+    assert ask(client, seed=1).json()["choices"] == before
+
+
+def test_limits(client: TestClient) -> None:
+    busy = ask(client, n=9)
+    assert (busy.status_code, busy.headers["retry-after"]) == (429, "1")
+    assert busy.json()["error"]["type"] == "rate_limit_error"
+    assert ask(client, n=8).status_code == 200
+    long = ask(client, max_tokens=65)
+    assert (long.status_code, long.json()["error"]["param"]) == (400, "max_tokens")
+    assert ask(client, max_completion_tokens=9, max_tokens=None).json()["usage"]["completion_tokens"] <= 9
+    with pytest.raises(ConfigError, match="pending: 0"):
+        Limits(pending=0)
+
+
+def test_a_body_that_never_ends_is_given_up(client: TestClient) -> None:
+    async def slow() -> list[dict[str, Any]]:
+        parts = iter([{"type": "http.request", "body": b'{"model"', "more_body": True}])
+
+        async def receive() -> Any:
+            for part in parts:
+                return part
+            await asyncio.sleep(60)
+
+        sent: list[dict[str, Any]] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"authorization", b"Bearer secret")]
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers, "query_string": b""}
+        await client.app({**scope, "raw_path": CHAT.encode(), "http_version": "1.1"}, receive, send)
+        return sent
+
+    assert asyncio.run(slow())[0]["status"] == 408
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"{", "the body is not JSON: EOF"),
+        (b"[" * 100_000, "the body is not JSON: recursion limit"),
+        (b"[]", "the body is not a JSON object"),
+        (b"{}", "model: this field is required"),
+        (b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}', "the body is not JSON"),
+        (b'{"model": "m", "messages": [{"role": "robot", "content": "a"}]}', "messages.0.role: input should be"),
+        (
+            b'{"model": "m", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            "messages.0.content.0.type: input should be 'text'",
+        ),
+        (b'{"model": "m", "messages": [], "temperature": NaN}', "temperature: input should be a finite number"),
+        (b'{"model": "m", "messages": [], "n": true}', "n: input should be a valid integer"),
+        (b'{"model": "m", "messages": [], "temperature": "1"}', "temperature: input should be a valid number"),
+        (b'{"model": "m", "messages": [], "seed": 9223372036854775808}', "seed: input should be less than"),
+    ],
+)
+def test_requests_that_cannot_be_read(body: bytes, message: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse(ChatRequest, body)
+    assert caught.value.status == 400
+    assert caught.value.message.startswith(message)
+
+
+def test_fields_that_ask_for_nothing_are_no_error() -> None:
+    body = {
+        "model": "m", "messages": [{"role": "assistant", "content": "a", "tool_calls": None}], "frequency_penalty": 0.0,
+        "tools": [], "user": "me", "seed": None, "response_format": {"type": "text"}, "top_k": -1,
+    }  # fmt: skip
+    assert parse(ChatRequest, json.dumps(body).encode()).top_k == -1
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    message = {"role": "developer", "content": parts}
+    joined = parse(ChatRequest, json.dumps({"model": "m", "messages": [message]}).encode()).messages[0].plain()
+    assert joined == {"role": "system", "content": "ab"}
+    assert parse(CompletionRequest, b'{"model": "m", "prompt": [[1, 2], [3]]}').prompt == [[1, 2], [3]]
+
+
+@pytest.mark.parametrize("stop", [(), ("\n\n",), ("ab", "abc"), ("the cat",)])
+def test_pieces_add_up_to_the_text(engine: Engine, stop: tuple[str, ...]) -> None:
+    """Tokens chosen so that stop strings begin and do not end, and characters come in parts."""
+    text = "a\nab é 数 the the dog\n aba"
+    tokens = engine.tokenizer(text)["input_ids"]
+    prompt = tuple(engine.tokenizer("x")["input_ids"])
+    params = SamplingParams(max_new_tokens=60, stop=stop, seed=4, temperature=3.0)
+    engine.add_request(Request(prompt, params), "one")
+    pieces, parts, final = PieceStream(engine.tokenizer, stop, True), [], None
+    while engine.has_unfinished:
+        for event in engine.step():
+            parts.append(pieces.push(event))
+            final = event.completion
+    assert "".join(parts) == final.text
+    held_back, shown = PieceStream(engine.tokenizer, stop, True), ""
+    for number, token in enumerate(tokens, 1):
+        shown += held_back.push(TokenEvent("r", 0, token, 0.0, 0.0, (), None))
+        so_far = engine.tokenizer.decode(tokens[:number])
+        begun = [size for one in stop for size in range(1, len(one)) if so_far.endswith(one[:size])]
+        if not so_far.endswith("\ufffd"):
+            assert shown == so_far[: len(so_far) - max(begun, default=0)]
+
+
+def test_the_key_comes_from_option_environment_file_or_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("INFIR2_API_KEY", raising=False)
+    generated, shown = api_key(None, None)
+    assert shown
+    assert len(generated) >= 32
+    assert api_key(None, None)[0] != generated
+    file = tmp_path / "key"
+    made = api_key(None, file)
+    assert made == (file.read_text().strip(), False)
+    assert api_key(None, file) == made
+    assert file.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setenv("INFIR2_API_KEY", "from-environment")
+    assert api_key(None, file) == ("from-environment", False)
+    assert api_key("given", file) == ("given", False)
+    for bad in ("", "two words", "schlüssel", "line\nbreak"):
+        with pytest.raises(ConfigError, match="HTTP header cannot carry"):
+            api_key(bad, None)
