@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from infir2.stages.rl import train_rl
 from infir2.stages.sft import train_sft
 from infir2.train.metrics import read_metrics
 
+TAUGHT = ("spell_backward", "gcd", "letter_counting", "basic_arithmetic")
 FAMILIES = ("letter_counting", "gcd")
 WORLD = World(0, 1, torch.device("cpu"), None)
 PRECISIONS = {"bf16": "no FP8", "blockwise": "FP8"}
@@ -38,16 +40,19 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_start(out: Path) -> None:
-    """Data of all stages, the tokenizer, and a Hugging Face folder with random weights."""
-    easy = [example.row() for example in worked_examples(1, 6000, 1, families=FAMILIES)]
-    hard = [example.row() for example in worked_examples(2, 2000, 1, families=FAMILIES)]
-    write_jsonl(out / "sft.jsonl", easy + hard)
+def write_prompts(out: Path) -> None:
+    """Questions of both stages, to train on and held out."""
     for stage in (1, 2):
         for name, count, split in (("train", 1500, "train"), ("held_out", 96, "held_out")):
             rows = [e.prompt_row() for e in worked_examples(stage, count, 7, split, FAMILIES)]
             write_jsonl(out / f"{name}{stage}.jsonl", rows)
-    tok.train_tokenizer([m["content"] for row in easy + hard for m in row["messages"]], 384, out / "tokenizer")
+
+
+def write_start(out: Path) -> None:
+    """Examples to fine-tune on, the tokenizer, and a Hugging Face folder with random weights."""
+    examples = [example.row() for example in worked_examples(1, 16_000, 1, families=TAUGHT)]
+    write_jsonl(out / "sft.jsonl", examples)
+    tok.train_tokenizer([m["content"] for row in examples for m in row["messages"]], 384, out / "tokenizer")
     size = tok.vocabulary_size(tok.load_tokenizer(out / "tokenizer"))
     architecture = dataclasses.replace(
         PRESETS["tiny"],
@@ -68,7 +73,7 @@ def fine_tuning(out: Path) -> SftConfig:
         "fp8": {"recipe": "bf16"},
         "data": {"train": str(out / "sft.jsonl"), "max_length": 512, "max_tokens_per_gpu": 512},
         "optim": {"lr": 2e-3, "min_lr": 1e-4, "schedule": "cosine", "warmup_fraction": 0.05, "weight_decay": 0.0},
-        "train": {"epochs": 2, "global_batch": 32, "eval_every": 0, "save_every": 100, "keep_checkpoints": 1},
+        "train": {"epochs": 1, "global_batch": 32, "eval_every": 0, "save_every": 100, "keep_checkpoints": 1},
         "log": {"tensorboard": False, "every": 10},
     }
     return SftConfig.model_validate(table)
@@ -78,7 +83,7 @@ def reinforcement(out: Path, precision: str, seed: int, stage: int, options: arg
     name = f"{precision}-seed{seed}-stage"
     table: dict[str, Any] = {
         "run": str(out / f"{name}{stage}"),
-        "init": {"checkpoint": str(out / ("sft" if stage == 1 else f"{name}1"))},
+        "init": {"checkpoint": str(options.start if stage == 1 else out / f"{name}1")},
         "model": {"dtype": "float32"},
         "fp8": {"recipe": precision, "health_every": 0},
         "data": {
@@ -141,32 +146,35 @@ def result_of(run: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="a fine-tuning run to start from, instead of making one")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--oversample", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--questions", type=int, default=96, help="held-out questions")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    if not (options.out / "start").exists():
-        write_start(options.out)
-    assert train_sft(fine_tuning(options.out), WORLD) is None, "stopped on request; run the same command to go on"
-    runs = []
-    for seed in options.seeds:
-        for precision in options.precision:
-            stages = [reinforcement(options.out, precision, seed, stage, options) for stage in (1, 2)]
-            for config in stages:
-                assert train_rl(config, WORLD) is None, "stopped on request; run the same command to go on"
-            found = {f"stage{n}": result_of(Path(config.run)) for n, config in enumerate(stages, 1)}
-            runs.append({"precision": PRECISIONS[precision], "seed": seed, **found})
-            if options.json:
-                settings = {key: value for key, value in vars(options).items() if key not in ("out", "json")}
-                record = {**environment(), "settings": settings, "families": FAMILIES, "runs": runs}
-                options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if not (options.out / "train1.jsonl").exists():
+        write_prompts(options.out)
+    if options.start is None:
+        options.start = options.out / "sft"
+        if not (options.out / "start").exists():
+            write_start(options.out)
+        assert train_sft(fine_tuning(options.out), WORLD) is None, "stopped on request; run the same command to go on"
+    runs: dict[tuple[int, str], dict[str, Any]] = {}
+    for seed, stage, precision in product(options.seeds, (1, 2), options.precision):
+        config = reinforcement(options.out, precision, seed, stage, options)
+        assert train_rl(config, WORLD) is None, "stopped on request; run the same command to go on"
+        run = runs.setdefault((seed, precision), {"precision": PRECISIONS[precision], "seed": seed})
+        run[f"stage{stage}"] = result_of(Path(config.run))
+        if options.json:
+            settings = {k: v for k, v in vars(options).items() if k not in ("out", "json", "start")}
+            record = {**environment(), "settings": settings, "families": FAMILIES, "runs": list(runs.values())}
+            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Writes questions with verified step-by-step solutions, one conversation a line, for `infir2 sft`; with --form prompts
 the questions alone, each with what its answers are scored against, for `infir2 rl`; with --form text plain text for
-`infir2 prepare`, so that a tokenizer learns the words of the questions. The same options give the same bytes. Held-out questions (--split held_out) never occur in a train split, whatever the seed.
+`infir2 prepare`, so that a tokenizer learns the words of the questions. The same options give the same bytes. Held-out
+questions (--split held_out) never occur in a train split, whatever the seed.
 """
 
 import argparse

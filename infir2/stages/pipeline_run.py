@@ -13,7 +13,7 @@ from infir2.durable import unused_name
 from infir2.stages.pipeline_plan import Plan, Step, outputs
 
 # These go on where they stopped when they are run again; what others had begun is put aside.
-_RESUME = ("cpt", "sft", "rl", "compare")
+_RESUME = ("cpt", "sft", "rl", "compare", "eval")
 _PR_SET_PDEATHSIG = 1
 
 

@@ -12,7 +12,6 @@ import pytest
 from infir2 import __version__, cli
 from infir2.cli import UsageError, main, split_overrides
 from infir2.errors import ConfigError, TrainingStopped
-from infir2.stages.demo import _write_recipe
 
 STAGES = Path(cli.__file__).parent / "stages"
 
@@ -141,11 +140,11 @@ def test_a_stage_without_overrides_refuses_them(stage: argparse.Namespace, capsy
     assert "unrecognized arguments: --optim.lr 1" in capsys.readouterr().err
 
 
-def test_a_demo_says_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", "--steps", "0", "--out", str(tmp_path / "demo")]) == 2
-    assert "--steps 0: at least 4" in capsys.readouterr().err
+def test_the_demo_is_a_chain_of_the_shipped_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--list", "--out", str(tmp_path / "demo")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[1:4] == ["corpus", "to", "do"]
+    assert any("sft_tiny_stage2.toml" in line for line in lines)
     assert not (tmp_path / "demo").exists()
-    _write_recipe(tmp_path, "bf16", 8)
-    _write_recipe(tmp_path, "bf16", 8)
-    with pytest.raises(ConfigError, match="an earlier demo had other settings"):
-        _write_recipe(tmp_path, "bf16", 12)
+    assert cli.main(["demo", "--until", "nothing", "--out", str(tmp_path / "demo")]) == 2
+    assert "the stages are corpus, " in capsys.readouterr().err

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from infir2.kernels import reference
-from infir2.kernels.transpose import transpose_operand
 from infir2.kernels.quantize import quantize, quantize_both
+from infir2.kernels.transpose import transpose_operand
 
 FORMATS = ("ue8m0", "fp32")
 

@@ -8,12 +8,28 @@ import pytest
 from pydantic_core import PydanticUndefined
 
 from infir2.config import CptConfig, RlConfig, SftConfig, TrainingConfig, load, parse, to_toml
+from infir2.stages.pipeline_plan import PipelineConfig, make_plan
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 STAGES: dict[str, type[TrainingConfig]] = {"cpt": CptConfig, "sft": SftConfig, "rl": RlConfig}
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
+PIPELINES = sorted(RECIPES.glob("pipeline_*.toml"))
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.name)
+def test_every_stage_of_a_pipeline_can_be_started(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(RECIPES.parent)
+    plan = make_plan(load(PipelineConfig, path), path.name)
+    for step in plan.steps:
+        stage, *words = step.words
+        if stage in STAGES:
+            recipe, *overrides = words
+            config = load(STAGES[stage], recipe, overrides)
+            assert config.run == str(plan.run / step.name)
+
+
+@pytest.mark.parametrize("path", sorted({*RECIPES.glob("*.toml")} - {*PIPELINES}), ids=lambda path: path.name)
 def test_every_recipe_parses_and_survives_a_round_trip(path: Path) -> None:
     kind = STAGES[path.name.partition("_")[0]]
     config = load(kind, path)
