@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--oversample", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--questions", type=int, default=96, help="held-out questions")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -54,6 +54,8 @@ class Step:
     launcher: tuple[str, ...]
     """Put before `-m infir2 ...` instead of this Python: torchrun and its options."""
     out: Path
+    makes: bool
+    """Whether the command names {out}; if not, it adds to another stage's place."""
     fingerprint: str
 
     @property
@@ -90,7 +92,7 @@ class Plan:
 
     def is_finished(self, step: Step) -> bool:
         facts = self.state().get(step.name, {})
-        return facts.get("finished") == step.fingerprint and bool(outputs(step))
+        return facts.get("finished") == step.fingerprint and bool(not step.makes or outputs(step))
 
     def is_started(self, step: Step) -> bool:
         """Whether what lies in the stage's place was begun with the same inputs."""
@@ -123,7 +125,8 @@ def make_plan(config: PipelineConfig, file: str) -> Plan:
             "files": [_file_fingerprint(Path(word)) for word in own if Path(word).exists()],
         }
         fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        steps.append(Step(stage.name, filled, tuple(shlex.split(stage.launcher)), run / stage.name, fingerprint))
+        launcher, makes = tuple(shlex.split(stage.launcher)), "{out}" in stage.command
+        steps.append(Step(stage.name, filled, launcher, run / stage.name, makes, fingerprint))
         places[stage.name], fingerprints[stage.name] = str(run / stage.name), fingerprint
     return Plan(run, tuple(steps))
 

@@ -112,6 +112,16 @@ def test_a_chain_runs_once_and_only_what_changed_again(folder: Path, capfd: pyte
     assert (folder / "chain/other.jsonl").exists(), "what was deleted is made again"
 
 
+def test_a_stage_may_add_to_the_place_of_another(folder: Path) -> None:
+    (folder / "chain.toml").write_text(
+        CHAIN.replace("{out}.jsonl --stage 2", "{easy}.more.jsonl --stage 2")  # names no place of its own
+    )
+    assert main(["pipeline", "chain.toml"]) == 0
+    made = (folder / "chain/easy.more.jsonl").stat().st_mtime_ns
+    assert main(["pipeline", "chain.toml"]) == 0
+    assert (folder / "chain/easy.more.jsonl").stat().st_mtime_ns == made
+
+
 def test_a_failing_stage_stops_the_chain(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "chain.toml").write_text(CHAIN.replace("--stage 2 --count 5", "--stage 7 --count 5"))
     assert main(["pipeline", "chain.toml"]) == 2
