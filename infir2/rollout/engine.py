@@ -172,7 +172,7 @@ class Engine:
             in_flight_update=True,
             logprobs="sampled",
             batch_invariant="tensor" not in recipes,  # one activation scale for the whole batch
-            cuda_graphs=False,
+            cuda_graphs=self._runner.device.type == "cuda" and self._decoder.most_rounds > 1,
             tensor_parallel=1,
         )
 
