@@ -56,6 +56,25 @@ def _load_rows(
 
 
 @triton.jit
+def _absorb(
+    q, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table, position, inside, seen, head, softmax_scale,
+    top, total, mixed,
+    KV_HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys and values into the running softmax: largest score, sum of weights, weighted values."""
+    k, k_scale = _load_rows(keys_ptr, key_scale_ptr, table, position, inside, head, KV_HEADS, HEAD, BLOCK, q.dtype, FP8)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * softmax_scale
+    scores = tl.where(seen, scores * k_scale[None, :], -float("inf"))
+    higher = tl.maximum(top, tl.max(scores, axis=1))
+    weights, shrink = tl.exp2(scores - higher[:, None]), tl.exp2(top - higher)
+    v, v_scale = _load_rows(
+        values_ptr, value_scale_ptr, table, position, inside, head, KV_HEADS, HEAD, BLOCK, q.dtype, FP8
+    )
+    mixed = mixed * shrink[:, None] + tl.dot((weights * v_scale[None, :]).to(q.dtype), v, input_precision="ieee")
+    return higher, total * shrink + tl.sum(weights, axis=1), mixed
+
+
+@triton.jit
 def _decode_kernel(
     q_ptr, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, tables_ptr, contexts_ptr, parts_ptr, lse_ptr,
     q_stride, table_stride, softmax_scale,
@@ -77,20 +96,10 @@ def _decode_kernel(
     for first in range(start, end, KEYS):
         position = first + tl.arange(0, KEYS)
         inside = position < end
-        k, k_scale = _load_rows(
-            keys_ptr, key_scale_ptr, table, position, inside, head, KV_HEADS, HEAD, BLOCK, q.dtype, FP8
-        )
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * softmax_scale
-        scores = tl.where(inside[None, :], scores * k_scale[None, :], -float("inf"))
-        higher = tl.maximum(top, tl.max(scores, axis=1))
-        weights, shrink = tl.exp2(scores - higher[:, None]), tl.exp2(top - higher)
-        v, v_scale = _load_rows(
-            values_ptr, value_scale_ptr, table, position, inside, head, KV_HEADS, HEAD, BLOCK, q.dtype, FP8
-        )
-        weighted = (weights * v_scale[None, :]).to(q.dtype)
-        mixed = mixed * shrink[:, None] + tl.dot(weighted, v, input_precision="ieee")
-        total = total * shrink + tl.sum(weights, axis=1)
-        top = higher
+        top, total, mixed = _absorb(
+            q, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table, position, inside, inside[None, :], head,
+            softmax_scale, top, total, mixed, KV_HEADS, HEAD, BLOCK, FP8,
+        )  # fmt: skip
     found = total > 0  # a part may lie behind the context's end
     row = (sequence.to(tl.int64) * KV_HEADS * GROUP + query) * PARTS + part
     out = tl.where(found[:, None], mixed / tl.where(found, total, 1.0)[:, None], 0.0)
@@ -134,21 +143,11 @@ def _prompt_kernel(
     for first in range(0, end, KEYS):
         position = first + tl.arange(0, KEYS)
         inside = position < end
-        k, k_scale = _load_rows(
-            keys_ptr, key_scale_ptr, table, position, inside, head, KV_HEADS, HEAD, BLOCK, q.dtype, FP8
-        )
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * softmax_scale
-        seen = inside[None, :] & (position[None, :] <= place[:, None])
-        scores = tl.where(seen, scores * k_scale[None, :], -float("inf"))
-        higher = tl.maximum(top, tl.max(scores, axis=1))  # position 0 is seen by all, so it is finite
-        weights, shrink = tl.exp2(scores - higher[:, None]), tl.exp2(top - higher)
-        v, v_scale = _load_rows(
-            values_ptr, value_scale_ptr, table, position, inside, head, KV_HEADS, HEAD, BLOCK, q.dtype, FP8
-        )
-        weighted = (weights * v_scale[None, :]).to(q.dtype)
-        mixed = mixed * shrink[:, None] + tl.dot(weighted, v, input_precision="ieee")
-        total = total * shrink + tl.sum(weights, axis=1)
-        top = higher
+        seen = inside[None, :] & (position[None, :] <= place[:, None])  # position 0 is seen by all
+        top, total, mixed = _absorb(
+            q, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table, position, inside, seen, head,
+            softmax_scale, top, total, mixed, KV_HEADS, HEAD, BLOCK, FP8,
+        )  # fmt: skip
     out = out_ptr + rows[:, None] * (KV_HEADS * GROUP * HEAD) + query_head * HEAD + d[None, :]
     tl.store(out, (mixed / total[:, None]).to(out_ptr.dtype.element_ty), mask=mine[:, None])
 

@@ -102,7 +102,7 @@ def lessons() -> list[tuple[list[dict[str, str]], str]]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_chat.write_taught_model(tmp_path_factory.mktemp("taught"), lessons(), steps=80)
+    return small_chat.write_taught_model(tmp_path_factory.mktemp("taught"), lessons(), steps=200)
 
 
 @pytest.fixture(scope="module")

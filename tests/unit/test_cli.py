@@ -143,8 +143,8 @@ def test_a_stage_without_overrides_refuses_them(stage: argparse.Namespace, capsy
 def test_the_demo_is_a_chain_of_the_shipped_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["demo", "--list", "--out", str(tmp_path / "demo")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[1:4] == ["corpus", "to", "do"]
+    assert lines[0].split()[2:4] == ["to", "do"]
     assert any("sft_tiny_stage2.toml" in line for line in lines)
     assert not (tmp_path / "demo").exists()
     assert cli.main(["demo", "--until", "nothing", "--out", str(tmp_path / "demo")]) == 2
-    assert "the stages are corpus, " in capsys.readouterr().err
+    assert "the stages are worked, corpus, " in capsys.readouterr().err
