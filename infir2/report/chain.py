@@ -94,9 +94,8 @@ def _run_result(run: Run) -> str:
 def _file_result(place: Path) -> str:
     if (place / "eval.json").is_file():
         *_, last = _read_json(place / "eval.json")["models"]
-        return (
-            ", ".join(f"{task} {score['average']:.1%}" for task, score in last["tasks"].items()) + f" ({last['name']})"
-        )
+        scores = (f"{_short(task)} {score['average']:.1%}" for task, score in last["tasks"].items())
+        return f"{', '.join(scores)} ({last['name']})"
     files = [path for path in (place, *place.parent.glob(f"{place.name}.*"), *place.rglob("*")) if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     return f"{size / 1e6:,.1f} MB" if files else ""
@@ -108,7 +107,7 @@ def _scores(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     for model in evaluation["models"]:
         for task, score in model["tasks"].items():
             k = str(score["samples"])
-            table = tables.setdefault(task, {"task": task, "samples": k, "rows": []})
+            table = tables.setdefault(task, {"task": _short(task), "samples": k, "rows": []})
             table["rows"].append(
                 (
                     model["name"],
@@ -123,12 +122,17 @@ def _scores(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     return list(tables.values())
 
 
+def _short(task: str) -> str:
+    """reasoning_gym:runs/demo/exam.jsonl -> exam; other tasks have short names."""
+    return Path(task.partition(":")[2]).stem if "." in task else task
+
+
 def _paired(evaluation: dict[str, Any]) -> list[str]:
     pair = evaluation.get("paired")
     if not pair:
         return []
     return [
-        f"{task}: {pair['second']} minus {pair['first']} {100 * found['difference']:+.1f} points, "
+        f"{_short(task)}: {pair['second']} minus {pair['first']} {100 * found['difference']:+.1f} points, "
         f"95 % interval {100 * found['low']:+.1f} to {100 * found['high']:+.1f}, p = {found['p_value']:.3g}"
         for task, found in pair["tasks"].items()
     ]
@@ -147,7 +151,6 @@ def _answers(folder: Path) -> list[dict[str, Any]]:
             question = samples[names[0]].get("question", "")
             shown.append(
                 {
-                    "task": path.stem,
                     "title": " ".join((question or key).split())[:90],
                     "question": question,
                     "responses": [(name, one["response"], one["score"]) for name, one in samples.items()],
