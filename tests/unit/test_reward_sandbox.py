@@ -292,7 +292,7 @@ def test_links_lead_nowhere(sandbox: Sandbox, canary: Path) -> None:
         attempts(
             "[os.symlink(canary, 'link'), open('link').read()]", "open('link', 'w').write('gone')",
             "os.chmod('link', 0)", "os.link(canary, 'hard')", "os.link(os.__file__, 'hard2')",
-            "open('/work/../' + canary).read()", "[os.symlink('/', 'up'), os.listdir('up/root')]",
+            "open('../' + canary).read()", "[os.symlink('/', 'up'), os.listdir('up/root')]",
             "open('/proc/self/root' + canary).read()", "os.chroot('.')", "[os.mkdir('d'), os.chroot('d')]",
             "os.mknod('disk', 0o60666, os.makedev(8, 0))",
             canary=canary,
