@@ -158,6 +158,8 @@ class RlConfig(TrainingConfig):
         longest, keys = self.longest
         if longest > data.max_tokens_per_gpu:
             raise ValueError(f"{keys} ({longest}) exceed data.max_tokens_per_gpu ({data.max_tokens_per_gpu})")
+        if self.fp8.head:
+            raise ValueError("fp8.head: the engine's log-probabilities come from a bf16 head; leave it off")
         if self.reward.overlong_buffer > rollout.max_new_tokens:
             raise ValueError("reward.overlong_buffer is above rollout.max_new_tokens")
         return self

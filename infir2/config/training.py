@@ -45,6 +45,9 @@ class Fp8Section(Section):
     mlp_activations: Literal["fp8", "bf16", "recompute"] = "fp8"
     """How gate and up, the largest activations, wait for the backward pass of blockwise and hybrid: as FP8 codes, as
     they are (more memory, no rounding), or recomputed (least memory, one more GEMM)."""
+    head: bool = False
+    """Whether pre-training and fine-tuning compute the logits and their input's gradient in FP8 too. Held-out losses,
+    generation and exports do not: the head's weight stays what it is."""
     bf16_first_layers: Count = 0
     """Decoder layers at the bottom that stay in BF16."""
     bf16_last_layers: Count = 0
@@ -242,6 +245,8 @@ class TrainingConfig(Section):
             raise ValueError(f"optim.min_lr ({optim.min_lr:g}) is above optim.lr ({optim.lr:g})")
         if optim.warmup_steps and optim.warmup_fraction:
             raise ValueError("give optim.warmup_steps or optim.warmup_fraction, not both")
+        if self.fp8.head and self.fp8.recipe == "bf16":
+            raise ValueError("fp8.head: the recipe bf16 has no FP8 head; choose another fp8.recipe or leave it off")
         return self
 
 

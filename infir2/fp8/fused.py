@@ -68,8 +68,7 @@ class FusedProjections:
             flat, norm_weight, eps, operand.codes, operand.scale, group.recipe, torch.is_grad_enabled(), measured,
             *group.weights,
         )  # fmt: skip
-        outputs = y.unflatten(0, hidden.shape[:-1]).split(group.sizes, dim=-1)
-        return group.add_bias(outputs)
+        return group.outputs(y.unflatten(0, hidden.shape[:-1]))
 
 
 class FusedMlp:

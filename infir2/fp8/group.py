@@ -11,6 +11,7 @@ from torch import Tensor
 
 from infir2.fp8.linear import Fp8Linear
 from infir2.fp8.tensor import Operand
+from infir2.kernels.forward_only import forward_only
 from infir2.kernels.reference import BLOCK
 
 
@@ -22,6 +23,7 @@ class LinearGroup:
         self.recipe = linears[0].recipe
         self.sizes = [linear.out_features for linear in linears]
         self._operand: Operand | None = None
+        self._bias: Tensor | None = None
         for linear in linears:
             linear.group = self
 
@@ -43,15 +45,23 @@ class LinearGroup:
             linear._operand = Operand(self._operand.codes[rows], self._operand.scale[blocks], self.recipe.weight)
             linear.stale = False
             start += size
+        self._bias = None
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
         return tuple(linear.weight for linear in self.linears)
 
-    def add_bias(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Each layer's output with its bias, where it has one."""
-        pairs = zip(outputs, self.linears, strict=True)
-        return tuple(y if linear.bias is None else y + linear.bias.to(y.dtype) for y, linear in pairs)
+    def outputs(self, y: Tensor) -> tuple[Tensor, ...]:
+        """The GEMM's result [..., all out_features], cut into each layer's output, with biases where there are any."""
+        if forward_only(y) and all(linear.bias is not None for linear in self.linears):
+            return (y + self._joined_bias(y.dtype)).split(self.sizes, dim=-1)
+        pairs = zip(y.split(self.sizes, dim=-1), self.linears, strict=True)
+        return tuple(part if linear.bias is None else part + linear.bias.to(y.dtype) for part, linear in pairs)
+
+    def _joined_bias(self, dtype: torch.dtype) -> Tensor:
+        if self._bias is None or self._bias.dtype != dtype:
+            self._bias = torch.cat([linear.bias for linear in self.linears]).to(dtype)
+        return self._bias
 
     def measure_weights(self) -> None:
         """Report every layer's weight, where health is measured."""

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from infir2.fp8.recipe import Recipe
 from infir2.fp8.tensor import Operand, Saved, quantize_twice_used, transposed_operand
 from infir2.kernels.reference import BLOCK
+from infir2.kernels.rows import quantize_rows
 
 
 class Fp8Linear(nn.Linear):
@@ -89,7 +90,7 @@ class Fp8Linear(nn.Linear):
         if torch.is_grad_enabled() and (self.weight.requires_grad or flat.requires_grad):
             y = _Fp8Matmul.apply(flat, self.weight, weight, self._operand_t, self.recipe, self.health)
         else:
-            y = _padded(flat, self.recipe.x, self.recipe.scale_format).matmul(weight, flat.dtype)[: flat.shape[0]]
+            y = _quantized(pad_tokens(flat), self.recipe).matmul(weight, flat.dtype)[: flat.shape[0]]
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -148,8 +149,12 @@ def weight_gradient(grad: Saved, x: Saved, recipe: Recipe, dtype: torch.dtype) -
     return left.matmul(transposed_operand(x, recipe.x_wgrad, derive=recipe.row_codes), dtype)
 
 
-def _padded(x: Tensor, granularity: str, scale_format: str) -> Operand:
-    return Operand.quantize(pad_tokens(x), granularity, scale_format)
+def _quantized(x: Tensor, recipe: Recipe) -> Operand:
+    """x as the forward GEMM reads it, where nothing has to be kept."""
+    if recipe.row_codes:
+        codes, scale, _ = quantize_rows(x, False)
+        return Operand(codes, scale, recipe.x)
+    return Operand.quantize(x, recipe.x, recipe.scale_format)
 
 
 def pad_tokens(x: Tensor) -> Tensor:

@@ -8,11 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from infir2.kernels.operand import empty_rows
+from infir2.kernels.reference import BLOCK
+from infir2.kernels.rows_triton import _encode_rows
+
 
 @triton.jit
 def _softmax_gradient_kernel(
-    logits_ptr, labels_ptr, nll_ptr, vocabulary, stride, ignore, GRADIENT: tl.constexpr, SIZE: tl.constexpr
-):
+    logits_ptr, labels_ptr, nll_ptr, codes_ptr, scale_ptr, rows, vocabulary, stride, ignore,
+    GRADIENT: tl.constexpr, ENCODE: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
     """One row: a maximum and a sum of exponentials in every lane, joined at the end; float32 throughout."""
     row = tl.program_id(0).to(tl.int64)
     logits = logits_ptr + row * stride
@@ -32,17 +37,33 @@ def _softmax_gradient_kernel(
     tl.store(nll_ptr + row, tl.where(valid, lse - target, 0.0))
     if GRADIENT:
         tl.debug_barrier()  # the target was read by every thread before anything is overwritten
+        tile = tl.arange(0, SIZE // 128)
+        place = tile[:, None] * 128 + tl.arange(0, 128)[None, :]
         for start in range(0, vocabulary, SIZE):
-            inside = start + c < vocabulary
-            x = tl.load(logits + start + c, mask=inside, other=0.0).to(tl.float32)
-            gradient = tl.exp(x - lse) - tl.where(start + c == label, 1.0, 0.0)
-            tl.store(logits + start + c, tl.where(valid, gradient, 0.0), mask=inside)
+            inside = start + place < vocabulary
+            x = tl.load(logits + start + place, mask=inside, other=-float("inf")).to(tl.float32)
+            gradient = tl.exp(x - lse) - tl.where(start + place == label, 1.0, 0.0)
+            gradient = tl.where(valid, gradient, 0.0)
+            tl.store(logits + start + place, gradient, mask=inside)
+            if ENCODE:
+                codes, scale, _ = _encode_rows(gradient)
+                tl.store(codes_ptr + row * vocabulary + start + place, codes, mask=inside)
+                first = start // 128 + tile
+                tl.store(scale_ptr + first.to(tl.int64) * rows + row, scale, mask=first * 128 < vocabulary)
 
 
-def softmax_gradient_(logits: Tensor, labels: Tensor, ignore: int, gradient: bool) -> Tensor:
+def softmax_gradient_(
+    logits: Tensor, labels: Tensor, ignore: int, gradient: bool, encode: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """See ``logprob.softmax_gradient_``."""
-    nll = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    _softmax_gradient_kernel[(logits.shape[0],)](
-        logits, labels, nll, logits.shape[1], logits.stride(0), ignore, GRADIENT=gradient, SIZE=8192, num_warps=8
-    )
-    return nll
+    tokens, vocabulary = logits.shape
+    nll = torch.empty(tokens, dtype=torch.float32, device=logits.device)
+    rows = tokens + -tokens % BLOCK if encode else 0
+    codes, scale, _ = empty_rows(rows, vocabulary, False, logits.device)
+    codes[tokens:].view(torch.uint8).zero_()
+    scale[tokens:] = 1.0
+    _softmax_gradient_kernel[(tokens,)](
+        logits, labels, nll, codes, scale, rows, vocabulary, logits.stride(0), ignore,
+        GRADIENT=gradient, ENCODE=encode, SIZE=8192, num_warps=8,
+    )  # fmt: skip
+    return nll, (codes, scale) if encode else None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from infir2.kernels import reference
+from infir2.kernels.custom_op import custom_op
 from infir2.kernels.reference import BLOCK
 
 # (a granularity, b granularity) that cuBLAS multiplies on Hopper -> torch's names for them.
@@ -33,6 +34,12 @@ def describe_backend(device: torch.device) -> tuple[str, str]:
     )
 
 
+def native_dtype(a: Tensor, a_granularity: str, out_dtype: torch.dtype) -> torch.dtype:
+    """What ``scaled_mm`` should be asked for where ``out_dtype`` is wanted: with channel scales cuBLAS writes only
+    bfloat16."""
+    return torch.bfloat16 if a.is_cuda and a_granularity == "channel" else out_dtype
+
+
 def unsupported_reason(rows: int, contraction: int) -> str | None:
     """Why the hardware path cannot take an operand of this shape, or None where it can."""
     for name, size in (("rows", rows), ("contraction", contraction)):
@@ -41,7 +48,19 @@ def unsupported_reason(rows: int, contraction: int) -> str | None:
     return None
 
 
-@torch.library.custom_op("infir2::scaled_mm", mutates_args=())
+def _empty_scaled_mm(
+    a: Tensor,
+    a_scale: Tensor,
+    a_granularity: str,
+    b: Tensor,
+    b_scale: Tensor,
+    b_granularity: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return torch.empty(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device)
+
+
+@custom_op(_empty_scaled_mm)
 def scaled_mm(
     a: Tensor,
     a_scale: Tensor,
@@ -61,27 +80,11 @@ def scaled_mm(
         left = reference.dequantize(a, a_scale, a_granularity, torch.bfloat16)
         right = reference.dequantize(b, b_scale, b_granularity, torch.bfloat16)
         return torch.mm(left, right.T, out_dtype=out_dtype) if out_dtype == torch.float32 else left @ right.T
-    # With row-wise scales cuBLAS writes bfloat16 only.
-    native = torch.bfloat16 if a_granularity == "channel" else out_dtype
     types = torch.nn.functional.ScalingType
     recipe_a, recipe_b = (getattr(types, name) for name in _CUBLAS_PAIRS[(a_granularity, b_granularity)])
-    out = torch.nn.functional.scaled_mm(
-        a, b.T, a_scale, recipe_a, _right_scale(b_scale, b_granularity), recipe_b, output_dtype=native
+    return torch.nn.functional.scaled_mm(
+        a, b.T, a_scale, recipe_a, _right_scale(b_scale, b_granularity), recipe_b, output_dtype=out_dtype
     )
-    return out.to(out_dtype)
-
-
-@scaled_mm.register_fake
-def _(
-    a: Tensor,
-    a_scale: Tensor,
-    a_granularity: str,
-    b: Tensor,
-    b_scale: Tensor,
-    b_granularity: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return torch.empty(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device)
 
 
 def _cublas_takes(a: Tensor, b: Tensor, a_granularity: str, b_granularity: str) -> bool:

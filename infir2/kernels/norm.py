@@ -9,12 +9,18 @@ Face's Qwen2 does.
 import torch
 from torch import Tensor
 
+from infir2.kernels.custom_op import custom_op
+from infir2.kernels.forward_only import forward_only
 from infir2.kernels.operand import empty_rows
 from infir2.kernels.rows import encode_rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., features] in any float dtype, weight [features] -> like x."""
+    if forward_only(x):
+        from infir2.kernels import forward_only_triton
+
+        return forward_only_triton.rms_norm(x, weight, eps)
     return weight.to(x.dtype) * (x.float() * _rstd(x, eps)).to(x.dtype)
 
 
@@ -27,7 +33,11 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> 
     return ((pulled - normalised * along) * rstd[:, None]).to(x.dtype), (wide * normalised).sum(dim=0)
 
 
-@torch.library.custom_op("infir2::norm_quantize", mutates_args=())
+def _empty_norm_quantize(x: Tensor, weight: Tensor, eps: float, amax: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *empty_rows(x.shape[0], x.shape[1], amax, x.device), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@custom_op(_empty_norm_quantize)
 def norm_quantize(x: Tensor, weight: Tensor, eps: float, amax: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(codes, scale, amax, rstd) of rms_norm(x), x [tokens, features]; the first three as ``rows`` says."""
     if not x.is_cuda:
@@ -35,11 +45,6 @@ def norm_quantize(x: Tensor, weight: Tensor, eps: float, amax: bool) -> tuple[Te
     from infir2.kernels import rows_triton
 
     return rows_triton.norm_quantize(x, weight, eps, amax)
-
-
-@norm_quantize.register_fake
-def _(x: Tensor, weight: Tensor, eps: float, amax: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *empty_rows(x.shape[0], x.shape[1], amax, x.device), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 def _rstd(x: Tensor, eps: float) -> Tensor:

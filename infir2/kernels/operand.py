@@ -10,6 +10,9 @@ from torch import Tensor
 from infir2.kernels import reference
 from infir2.kernels.reference import FP8
 
+AMAX_PARTS = 8
+"""Rows of the amax of row codes: so many programs at a time raise a column's maximum without waiting for each other."""
+
 
 def empty_operand(rows: int, cols: int, granularity: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Uninitialised codes and scales of a [rows, cols] operand."""
@@ -19,7 +22,7 @@ def empty_operand(rows: int, cols: int, granularity: str, device: torch.device) 
 
 def empty_rows(rows: int, cols: int, amax: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised codes, scales and amax of row codes (see ``rows``); amax has no elements unless it is wanted."""
-    largest = torch.empty(cols if amax else 0, dtype=torch.float32, device=device)
+    largest = torch.empty(AMAX_PARTS, cols if amax else 0, dtype=torch.float32, device=device)
     return *empty_operand(rows, cols, "tile", device), largest
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infir2.kernels.reference import FP8
 
-QUERY_TILE = 64
+QUERY_TILE = 128
 """New tokens of one sequence that a program of the prompt kernel takes."""
 
 
@@ -46,9 +46,10 @@ class PagedLayout:
     block_tables: Tensor
     """int32 [sequences, most blocks]: entries behind a sequence's context are ignored (but must be valid numbers)."""
     query_tiles: Tensor
-    """int32 [tiles, 2]: (sequence, first of its new tokens) of every tile of up to ``QUERY_TILE`` new tokens."""
-    decoding: bool = False
-    """Whether every sequence has exactly one new token."""
+    """int32 [tiles, 2]: (sequence, first of its new tokens) of every tile of up to ``QUERY_TILE`` new tokens of the
+    sequences that do not decode."""
+    decoding: int = 0
+    """How many sequences, the first ones, decode: they have one new token each, and no tiles."""
 
 
 def empty_cache(
@@ -63,7 +64,9 @@ def empty_cache(
     return PagedCache(keys, values, key_scale, value_scale)
 
 
-def query_tiles(lengths: Sequence[int]) -> Tensor:
-    """``PagedLayout.query_tiles`` of sequences with so many new tokens each, on the CPU."""
-    tiles = [(i, start) for i, length in enumerate(lengths) for start in range(0, length, QUERY_TILE)]
+def query_tiles(lengths: Sequence[int], decoding: int = 0) -> Tensor:
+    """``PagedLayout.query_tiles`` of sequences with so many new tokens each, on the CPU; those that see most first,
+    for they take longest."""
+    tiles = [(i, start) for i in range(decoding, len(lengths)) for start in range(0, lengths[i], QUERY_TILE)]
+    tiles.sort(key=lambda tile: -tile[1])
     return torch.tensor(tiles, dtype=torch.int32).view(-1, 2)

@@ -7,15 +7,20 @@ Triton, all others through ``reference``, which defines the result bit for bit.
 How codes and scales lie in memory: see ``operand``.
 """
 
-import torch
 from torch import Tensor
 
 from infir2.kernels import reference
+from infir2.kernels.custom_op import custom_op
 from infir2.kernels.operand import empty_operand, with_layout
 from infir2.kernels.transpose import transpose_operand
 
 
-@torch.library.custom_op("infir2::quantize", mutates_args=())
+def _empty_quantize(x: Tensor, granularity: str, scale_format: str, transpose: bool = False) -> tuple[Tensor, Tensor]:
+    rows, cols = (x.shape[1], x.shape[0]) if transpose else x.shape
+    return empty_operand(rows, cols, granularity, x.device)
+
+
+@custom_op(_empty_quantize)
 def quantize(x: Tensor, granularity: str, scale_format: str, transpose: bool = False) -> tuple[Tensor, Tensor]:
     """Codes (float8_e4m3fn) and scales (float32) of ``x`` [rows, cols], or of x.T with ``transpose``.
 
@@ -31,13 +36,17 @@ def quantize(x: Tensor, granularity: str, scale_format: str, transpose: bool = F
     return quantize_triton.quantize(x, granularity, scale_format, transpose)
 
 
-@quantize.register_fake
-def _(x: Tensor, granularity: str, scale_format: str, transpose: bool = False) -> tuple[Tensor, Tensor]:
-    rows, cols = (x.shape[1], x.shape[0]) if transpose else x.shape
-    return empty_operand(rows, cols, granularity, x.device)
+def _empty_quantize_both(
+    x: Tensor, granularity: str, transposed_granularity: str, scale_format: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, cols = x.shape
+    return (
+        *empty_operand(rows, cols, granularity, x.device),
+        *empty_operand(cols, rows, transposed_granularity, x.device),
+    )
 
 
-@torch.library.custom_op("infir2::quantize_both", mutates_args=())
+@custom_op(_empty_quantize_both)
 def quantize_both(
     x: Tensor, granularity: str, transposed_granularity: str, scale_format: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -49,15 +58,4 @@ def quantize_both(
     return (
         *quantize(x, granularity, scale_format, False),
         *quantize(x, transposed_granularity, scale_format, True),
-    )
-
-
-@quantize_both.register_fake
-def _(
-    x: Tensor, granularity: str, transposed_granularity: str, scale_format: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, cols = x.shape
-    return (
-        *empty_operand(rows, cols, granularity, x.device),
-        *empty_operand(cols, rows, transposed_granularity, x.device),
     )

@@ -93,9 +93,18 @@ def _decoded(codes: Tensor) -> Tensor:
     return _VALUES.index_select(0, codes.reshape(-1).view(torch.uint8).int()).view(codes.shape)
 
 
-def transpose_rows(codes: Tensor, scale: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
-    """The operand of the transpose of codes * scale (``tile``, ue8m0): exact but for what becomes subnormal."""
-    return quantize(dequantize(codes, scale, "tile"), granularity, "ue8m0", transpose=True)
+def transpose_rows(codes: Tensor, scale: Tensor, amax: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+    """The operand of the transpose of codes * scale (``tile``, ue8m0): exact but for what becomes subnormal.
+
+    Its scales: ``tile``, those of its own blocks; ``channel``, those of the ``amax`` [any, cols] of the columns, which
+    may be a little less than the codes say (they were rounded): the codes saturate then.
+    """
+    values = dequantize(codes, scale, "tile")
+    if granularity != "channel":
+        return quantize(values, granularity, "ue8m0", transpose=True)
+    scale_t = scale_from_amax(amax.amax(dim=0), "ue8m0")
+    moved = (values / scale_t).clamp_(-FP8_MAX, FP8_MAX).nan_to_num_(0.0)
+    return moved.to(FP8).T.contiguous(), scale_t[:, None]
 
 
 def scaled_mm(

@@ -6,28 +6,34 @@ moves an e4m3 number to another scale exactly unless it becomes subnormal there,
 bytes are read, and only codes have to be kept for the backward pass. The weight gradient then multiplies what the
 forward pass multiplied.
 
-``amax`` of row codes is the largest |code * scale| of every column, float32 [cols]: what one scale a channel needs.
-It is taken in the same pass where it is asked for, else it is empty.
+``amax`` of row codes [AMAX_PARTS, cols] float32 holds what one scale a channel needs: the maximum of its rows is the
+largest |x| of every column before it was quantised, NaN where a block of the column is not finite. It is taken in the
+same pass where it is asked for; else it has no columns.
 """
 
 import torch
 from torch import Tensor
 
 from infir2.kernels import reference
-from infir2.kernels.operand import empty_rows, with_layout
+from infir2.kernels.custom_op import custom_op
+from infir2.kernels.operand import AMAX_PARTS, empty_rows, with_layout
 
 
 def encode_rows(x: Tensor, amax: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The twin: codes, scale and amax of ``x`` [rows, cols] in plain torch, laid out as ``operand`` says."""
     codes, scale = reference.quantize(x, "tile", "ue8m0")
-    largest = x.new_empty(0, dtype=torch.float32)
-    if amax:
-        values = reference.dequantize(codes, scale, "tile").abs()
-        largest = values.amax(dim=0) if len(values) else x.new_zeros(x.shape[1], dtype=torch.float32)
+    largest = torch.zeros(AMAX_PARTS, x.shape[1] if amax else 0, dtype=torch.float32, device=x.device)
+    if amax and len(x):
+        finite = scale.repeat_interleave(reference.BLOCK, dim=1)[:, : x.shape[1]].isfinite()
+        largest[0] = torch.where(finite, x.float().abs(), torch.nan).amax(dim=0)
     return codes, with_layout(scale, "tile"), largest
 
 
-@torch.library.custom_op("infir2::quantize_rows", mutates_args=())
+def _empty_quantize_rows(x: Tensor, amax: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_rows(x.shape[0], x.shape[1], amax, x.device)
+
+
+@custom_op(_empty_quantize_rows)
 def quantize_rows(x: Tensor, amax: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, scale, amax) of ``x`` [rows, cols], bfloat16 or float32."""
     if not x.is_cuda:
@@ -35,8 +41,3 @@ def quantize_rows(x: Tensor, amax: bool) -> tuple[Tensor, Tensor, Tensor]:
     from infir2.kernels import rows_triton
 
     return rows_triton.quantize_rows(x, amax)
-
-
-@quantize_rows.register_fake
-def _(x: Tensor, amax: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_rows(x.shape[0], x.shape[1], amax, x.device)

@@ -1,8 +1,9 @@
-"""Triton kernel that draws one token a row of logits, by the inverse of the cumulative distribution.
+"""Triton kernels that draw one token a row of logits, by the inverse of the cumulative distribution.
 
-One program a row: a pass for the maximum and the sums at temperature 1 and at the row's own temperature, then a walk
-over the tiles of the vocabulary to the tile, and in it to the token, at which the cumulative probability passes the
-row's uniform number. Sums within a tile are float32, over tiles float64. ``rollout.sampler`` defines what is drawn.
+``_sums_kernel`` reads the logits once: a program takes a chunk of a row's vocabulary and leaves its maximum and its
+sums at temperature 1 and at the row's own temperature. ``_draw_kernel`` puts a row's chunks together, finds the chunk
+at which the cumulative probability passes the row's uniform number, and in it the token. Sums within a chunk are
+float32, over chunks float64. ``rollout.sampler`` defines what is drawn.
 """
 
 import torch
@@ -10,58 +11,58 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_CHUNK = 4096
+
 
 @triton.jit
-def _sums(logits, start, vocabulary, top, inverse, SIZE: tl.constexpr):
-    """Sums of exp(x - top) and exp((x - top) / temperature) over one tile."""
-    c = start + tl.arange(0, SIZE)
-    x = tl.load(logits + c, mask=c < vocabulary, other=-float("inf")).to(tl.float32) - top
-    return tl.sum(tl.exp(x), axis=0), tl.sum(tl.exp(x * inverse), axis=0)
+def _sums_kernel(
+    logits_ptr, temperature_ptr, top_ptr, place_ptr, raw_sum_ptr, sum_ptr, vocabulary, stride, SIZE: tl.constexpr
+):  # fmt: skip
+    row, chunk, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    c = chunk * SIZE + tl.arange(0, SIZE)
+    inside = c < vocabulary
+    x = tl.load(logits_ptr + row.to(tl.int64) * stride + c, mask=inside, other=-float("inf")).to(tl.float32)
+    temperature = tl.load(temperature_ptr + row)
+    top = tl.max(x, axis=0)
+    x -= tl.where(top == -float("inf"), 0.0, top)  # a chunk may hold nothing that can be drawn
+    out = row * chunks + chunk
+    tl.store(top_ptr + out, top)
+    tl.store(place_ptr + out, tl.min(tl.where(x == 0.0, c, vocabulary), axis=0))  # of equal logits the lowest id
+    tl.store(raw_sum_ptr + out, tl.sum(tl.exp(x), axis=0))
+    tl.store(sum_ptr + out, tl.sum(tl.exp(x * (1.0 / tl.where(temperature == 0.0, 1.0, temperature))), axis=0))
 
 
 @triton.jit
 def _draw_kernel(
-    logits_ptr, temperature_ptr, uniform_ptr, tokens_ptr, logprobs_ptr, raw_ptr, vocabulary, stride, SIZE: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    logits = logits_ptr + row * stride
+    logits_ptr, temperature_ptr, uniform_ptr, top_ptr, place_ptr, raw_sum_ptr, sum_ptr,
+    tokens_ptr, logprobs_ptr, raw_ptr, vocabulary, stride, chunks, SIZE: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
     greedy = temperature == 0.0
     inverse = 1.0 / tl.where(greedy, 1.0, temperature)
-    offsets = tl.arange(0, SIZE)
-    largest = tl.full([SIZE], -float("inf"), tl.float32)
-    place = tl.zeros([SIZE], tl.int32)
-    for start in range(0, vocabulary, SIZE):
-        c = start + offsets
-        x = tl.load(logits + c, mask=c < vocabulary, other=-float("inf")).to(tl.float32)
-        better = x > largest
-        largest, place = tl.where(better, x, largest), tl.where(better, c, place)
-    top = tl.max(largest, axis=0)
-    best = tl.min(tl.where(largest == top, place, vocabulary), axis=0)  # of equal logits the lowest id
-    raw_total = tl.zeros([], tl.float64)
-    total = tl.zeros([], tl.float64)
-    for start in range(0, vocabulary, SIZE):
-        raw_sum, tile_sum = _sums(logits, start, vocabulary, top, inverse, SIZE)
-        raw_total += raw_sum.to(tl.float64)
-        total += tile_sum.to(tl.float64)
+    i = tl.arange(0, CHUNKS)
+    tops = tl.load(top_ptr + row * chunks + i, mask=i < chunks, other=-float("inf"))
+    places = tl.load(place_ptr + row * chunks + i, mask=i < chunks, other=vocabulary)
+    raw_sums = tl.load(raw_sum_ptr + row * chunks + i, mask=i < chunks, other=0.0)
+    sums = tl.load(sum_ptr + row * chunks + i, mask=i < chunks, other=0.0)
+    top = tl.max(tops, axis=0)
+    best = tl.minimum(tl.min(tl.where(tops == top, places, vocabulary), axis=0), vocabulary - 1)  # if all are NaN
+    raw_total = tl.sum((raw_sums * tl.exp(tops - top)).to(tl.float64), axis=0)
+    masses = (sums * tl.exp((tops - top) * inverse)).to(tl.float64)
+    cumulative = tl.cumsum(masses, axis=0)
+    total = tl.max(cumulative, axis=0)
     target = tl.load(uniform_ptr + row) * total
-    passed = tl.zeros([], tl.float64)
-    before = tl.zeros([], tl.float64)
-    found = tl.zeros([], tl.int32)
-    tile = tl.zeros([], tl.int32)
-    for start in range(0, vocabulary, SIZE):
-        _, tile_sum = _sums(logits, start, vocabulary, top, inverse, SIZE)
-        after = passed + tile_sum.to(tl.float64)
-        here = (found == 0) & (after > target)
-        tile, before = tl.where(here, start, tile), tl.where(here, passed, before)
-        found = tl.where(here, 1, found)
-        passed = after
-    c = tile + offsets
+    chunk = tl.min(tl.where((cumulative > target) & (masses > 0), i, CHUNKS), axis=0)
+    # A target that was rounded up to the total: then the last chunk, or below the last token, that can be drawn.
+    chunk = tl.where(chunk < CHUNKS, chunk, tl.max(tl.where(masses > 0, i, 0), axis=0))
+    before = tl.max(tl.where(i < chunk, cumulative, 0.0), axis=0)
+    logits = logits_ptr + row.to(tl.int64) * stride
+    c = chunk * SIZE + tl.arange(0, SIZE)
     x = tl.load(logits + c, mask=c < vocabulary, other=-float("inf")).to(tl.float32) - top
     weight = tl.exp(x * inverse)
-    cumulative = before + tl.cumsum(weight, axis=0).to(tl.float64)
-    first = tl.min(tl.where((cumulative > target) & (weight > 0), c, vocabulary), axis=0)
-    # The tile's sum and its running sum may round apart: then the last token of the tile that can be drawn.
+    passed = before + tl.cumsum(weight, axis=0).to(tl.float64)
+    first = tl.min(tl.where((passed > target) & (weight > 0), c, vocabulary), axis=0)
     last = tl.max(tl.where(weight > 0, c, 0), axis=0)
     token = tl.where(greedy, best, tl.where(first < vocabulary, first, last))
     chosen = tl.load(logits + token).to(tl.float32) - top
@@ -77,9 +78,15 @@ def draw(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, 
     logits [rows, vocabulary] in any float dtype, temperature float32 [rows] (0 is greedy), uniform float64 [rows].
     """
     rows, vocabulary = logits.shape
+    chunks, stride = triton.cdiv(vocabulary, _CHUNK), logits.stride(0)
+    tops, raw_sums, sums = torch.empty(3, rows, chunks, dtype=torch.float32, device=logits.device).unbind()
+    places = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs, raw = torch.empty(2, rows, dtype=torch.float32, device=logits.device).unbind()
+    parts = (tops, places, raw_sums, sums)
+    _sums_kernel[(rows, chunks)](logits, temperature, *parts, vocabulary, stride, SIZE=_CHUNK, num_warps=4)
     _draw_kernel[(rows,)](
-        logits, temperature, uniform, tokens, logprobs, raw, vocabulary, logits.stride(0), SIZE=4096, num_warps=8
-    )
+        logits, temperature, uniform, *parts, tokens, logprobs, raw, vocabulary, stride, chunks,
+        SIZE=_CHUNK, CHUNKS=triton.next_power_of_2(chunks), num_warps=8,
+    )  # fmt: skip
     return tokens, logprobs, raw

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from infir2.kernels import reference
+from infir2.kernels.custom_op import custom_op
 from infir2.kernels.operand import empty_operand, with_layout
 
 
@@ -14,35 +15,33 @@ def transpose_operand(codes: Tensor, scale: Tensor, granularity: str) -> tuple[T
     return transpose_codes(codes), with_layout(scale.T, granularity)
 
 
-@torch.library.custom_op("infir2::transpose_codes", mutates_args=())
+def _empty_transpose_codes(codes: Tensor) -> Tensor:
+    return torch.empty(codes.shape[1], codes.shape[0], dtype=codes.dtype, device=codes.device)
+
+
+@custom_op(_empty_transpose_codes)
 def transpose_codes(codes: Tensor) -> Tensor:
     """codes.T, contiguous."""
     if not codes.is_cuda:
         return torch.empty(codes.T.shape, dtype=codes.dtype).copy_(codes.T)
-    from infir2.kernels import rows_triton
+    from infir2.kernels import transpose_triton
 
-    return rows_triton.transpose_codes(codes)
-
-
-@transpose_codes.register_fake
-def _(codes: Tensor) -> Tensor:
-    return torch.empty(codes.shape[1], codes.shape[0], dtype=codes.dtype, device=codes.device)
+    return transpose_triton.transpose_codes(codes)
 
 
-@torch.library.custom_op("infir2::transpose_rows", mutates_args=())
+def _empty_transpose_rows(codes: Tensor, scale: Tensor, amax: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+    return empty_operand(codes.shape[1], codes.shape[0], granularity, codes.device)
+
+
+@custom_op(_empty_transpose_rows)
 def transpose_rows(codes: Tensor, scale: Tensor, amax: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
     """Codes [cols, rows] and scales of the transpose of the row codes; see ``rows``.
 
     granularity: ``tile`` (1x128 along the old rows), or ``channel`` (one scale each, from ``amax``).
     """
     if not codes.is_cuda:
-        codes_t, scale_t = reference.transpose_rows(codes, scale, granularity)
+        codes_t, scale_t = reference.transpose_rows(codes, scale, amax, granularity)
         return codes_t, with_layout(scale_t, granularity)
-    from infir2.kernels import rows_triton
+    from infir2.kernels import transpose_triton
 
-    return rows_triton.transpose_rows(codes, scale, amax, granularity)
-
-
-@transpose_rows.register_fake
-def _(codes: Tensor, scale: Tensor, amax: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
-    return empty_operand(codes.shape[1], codes.shape[0], granularity, codes.device)
+    return transpose_triton.transpose_rows(codes, scale, amax, granularity)

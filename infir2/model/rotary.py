@@ -1,4 +1,4 @@
-"""Rotary positions: dimensions i and i + head_dim / 2 of a head are turned by an angle proportional to the position."""
+"""Angles of rotary positions: proportional to the position, at a frequency of its own for every pair of dimensions."""
 
 import math
 from collections.abc import Callable
@@ -15,16 +15,6 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponent)
     return frequencies if config.rope_scaling is None else _stretch(frequencies, config.rope_scaling)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn every head of ``x`` [batch, length, heads, head_dim].
-
-    ``cos`` and ``sin`` are float32 [batch, length, head_dim / 2]; the result is rounded once to the dtype of ``x``.
-    """
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class Rotary(nn.Module):

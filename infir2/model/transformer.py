@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infir2.kernels.norm import rms_norm
+from infir2.kernels.rotary import rotate
+from infir2.kernels.swiglu import silu_mul
 from infir2.model.attention import Attend
 from infir2.model.config import ModelConfig
-from infir2.model.rotary import Rotary, rotate
+from infir2.model.linear import Linear, drop_casts, join, keep_cast, together
+from infir2.model.rotary import Rotary
 
 Head = Callable[[Tensor, Tensor], Any]
 """``head(hidden [batch, length, hidden], weight [vocabulary, hidden])``: a loss that needs no logits."""
@@ -25,25 +27,6 @@ Head = Callable[[Tensor, Tensor], Any]
 # the MLP's output.
 FusedProjections = Callable[[Tensor, Tensor, float], tuple[Tensor, ...]]
 FusedMlp = Callable[[Tensor, Tensor, float], Tensor]
-
-
-class Linear(nn.Linear):
-    """y = x Wᵀ + b in the dtype of x, with float32 master weights."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
-        super().__init__(in_features, out_features, bias=bias, dtype=torch.float32)
-        self.cast: Tensor | None = None
-        """The weight in the compute dtype, where ``cast_weights`` has made it and it is still true."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight_in(x.dtype), bias)
-
-    def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The weight in ``dtype``; the copy, where there is one and no gradient is to reach the weight."""
-        if self.cast is not None and self.cast.dtype == dtype and not torch.is_grad_enabled():
-            return self.cast
-        return self.weight.to(dtype)
 
 
 class RMSNorm(nn.Module):
@@ -83,14 +66,14 @@ class Attention(nn.Module):
         q, k, v = (projected.unflatten(-1, (-1, self.head_dim)) for projected in self._project(hidden, norm))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.layer_index)
+        q, k = rotate(q, k, cos, sin)
+        out = attend(q, k, v, self.layer_index)
         return self.o_proj(out.flatten(-2))
 
     def _project(self, hidden: Tensor, norm: RMSNorm) -> tuple[Tensor, ...]:
         if self.fused_projections is not None:
             return self.fused_projections(hidden, norm.weight, norm.eps)
-        x = norm(hidden)
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return together(norm(hidden), self.q_proj, self.k_proj, self.v_proj)
 
 
 class MLP(nn.Module):
@@ -107,8 +90,8 @@ class MLP(nn.Module):
         """The residual stream [batch, length, hidden], through ``norm`` -> what is to be added to it."""
         if self.fused_mlp is not None:
             return self.fused_mlp(hidden, norm.weight, norm.eps)
-        x = norm(hidden)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = together(norm(hidden), self.gate_proj, self.up_proj)
+        return self.down_proj(silu_mul(gate, up))
 
 
 class DecoderLayer(nn.Module):
@@ -172,22 +155,23 @@ class CausalLM(nn.Module):
             return self.lm_head(hidden)
         return head(hidden, self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight_in(hidden.dtype))
 
-    @torch.no_grad()
     def cast_weights(self) -> None:
-        """Keep the weights that are multiplied in the compute dtype as copies in it, for generating: a pass over few
-        tokens would else spend its time on casting float32 masters. To be called again when weights have changed;
-        earlier copies are overwritten in place. Without float32 masters it does nothing."""
+        """Prepare the weights for generating, where a pass over few tokens would else spend its time on casting float32
+        masters and on many small GEMMs: keep them in the compute dtype, and those that read the same input together.
+        To be called again when weights have changed; earlier copies are overwritten in place."""
+        dtype = self.model.compute_dtype
         for module in self.modules():
-            if type(module) is Linear and module.weight.dtype != self.model.compute_dtype:
-                if module.cast is None:
-                    module.cast = torch.empty_like(module.weight, dtype=self.model.compute_dtype)
-                module.cast.copy_(module.weight)
+            if isinstance(module, Attention):
+                join((module.q_proj, module.k_proj, module.v_proj), dtype)
+            elif isinstance(module, MLP):
+                join((module.gate_proj, module.up_proj), dtype)
+        for module in self.modules():
+            keep_cast(module, dtype)
 
     def drop_casts(self) -> None:
         """Forget the copies: their memory is free, and nobody can meet an old weight."""
         for module in self.modules():
-            if isinstance(module, Linear):
-                module.cast = None
+            drop_casts(module)
 
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """(name, whole float32 tensor on the CPU) of every parameter, tied ones once.

@@ -103,8 +103,10 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        root = str(Path(__file__).parents[2])
-        code = f"import sys; sys.path.insert(0, {root!r}); from infir2.reward.worker_process import main; main()"
+        # -I ignores PYTHONPATH, where the packages may lie that this process has.
+        named = [os.path.abspath(folder) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+        folders = [str(Path(__file__).parents[2]), *named]
+        code = f"import sys; sys.path[:0] = {folders!r}; from infir2.reward.worker_process import main; main()"
         self._fresh = True
         self._idle_starts += 1
         self._process = subprocess.Popen(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 
+import torch
+
 from infir2.config import RlConfig
 from infir2.data.prompts import Prompt, PromptOrder
 from infir2.model.transformer import CausalLM
@@ -74,6 +76,7 @@ class RlLoop:
     def step_values(self, step: int, result: StepResult) -> dict[str, float]:
         """Numbers for a step's line of metrics; those of a rollout stand on the line of its first step."""
         values, self._values = self._values, {}
+        self._wait_for_device()
         values["update_s"] = time.perf_counter() - self._handed_out
         error, limit = result.means["token_mult_prob_error"], self.config.policy.mismatch_limit
         if error > limit:
@@ -115,9 +118,11 @@ class RlLoop:
 
     def _sample(self, steps_done: int, interrupted: Callable[[], object]) -> Rollout:
         """The rollout that follows ``steps_done`` optimiser steps, by the weights of now."""
+        self._wait_for_device()
         began = time.perf_counter()
         sync_weights(self.model, self.engine, steps_done)
         self.engine.wake()
+        self._wait_for_device()
         synced = time.perf_counter()
         try:
             number = steps_done // self.config.updates
@@ -126,6 +131,12 @@ class RlLoop:
             self.engine.sleep()
         rollout.seconds["sync_s"] += synced - began
         return rollout
+
+    def _wait_for_device(self) -> None:
+        """A GPU works on after the call that started it: between phases it is waited for, so that each is charged with
+        its own work and not with that of the one before."""
+        if self.model.lm_head.weight.is_cuda:
+            torch.cuda.synchronize()
 
     def _training_batches(self, rollout: Rollout) -> list[list[RlBatch]]:
         """Micro-batches of each optimiser step, with every log-probability that stays fixed over the steps."""

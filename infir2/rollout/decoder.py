@@ -8,6 +8,7 @@ is. A sequence that ends on the way goes on to the end of the run; what it makes
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +17,7 @@ from infir2.kernels.paged_layout import PagedLayout
 from infir2.rollout.runner import PagedAttention, Runner
 from infir2.rollout.sampler import SamplingBatch, sample
 from infir2.rollout.sequence import Sequence
+from infir2.rollout.upload import pinned
 
 
 @dataclass(frozen=True)
@@ -34,37 +36,55 @@ class DecodeBuffers:
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.token, self.position, self.limit = (zeros(size, dtype=torch.int64) for _ in range(3))
-        self.tables = zeros(size, width, dtype=torch.int32)
+        self.integers = zeros(6, size, dtype=torch.int64)
+        self.token, self.position, self.limit, self.top_k, self.keys, self.counters = self.integers.unbind()
         self.temperature, self.top_p = zeros(size, dtype=torch.float32), zeros(size, dtype=torch.float64)
-        self.top_k, self.keys, self.counters = (zeros(size, dtype=torch.int64) for _ in range(3))
+        self.tables = zeros(size, width, dtype=torch.int32)
         self.round = zeros(1, dtype=torch.int64)
         self.tokens = zeros(most, size, dtype=torch.int64)
         self.logprobs, self.raw_logprobs = (zeros(most, size, dtype=torch.float32) for _ in range(2))
         self.starts = torch.arange(size + 1, dtype=torch.int32, device=device)
         self.no_tiles = zeros(0, 2, dtype=torch.int32)
+        # The tables on the host, and whose they are: a sequence's list of blocks only grows while it is the same list.
+        self._tables = np.zeros((size, width), dtype=np.int32)
+        self._blocks: list[list[int]] = [[] for _ in range(size)]
+        self._known = [0] * size
 
     def load(self, sequences: List[Sequence], spare_block: int) -> None:
         """Fill the rows; rows without a sequence decode a token of their own into the spare block."""
-        size, width = self.tables.shape
-        missing = size - len(sequences)
-
-        def put(target: Tensor, values: list, rest: float) -> None:
-            target.copy_(torch.tensor([*values, *[rest] * missing], dtype=target.dtype))
-
-        put(self.token, [s.tokens[-1] for s in sequences], 0)
-        put(self.position, [len(s.tokens) - 1 for s in sequences], 0)
-        # Behind its last possible token a sequence stays where it is: no block is set aside for more.
-        put(self.limit, [s.prompt_length + s.params.max_new_tokens - 1 for s in sequences], 0)
-        put(self.temperature, [s.params.temperature for s in sequences], 0)
-        put(self.top_k, [s.params.top_k for s in sequences], 0)
-        put(self.top_p, [s.params.top_p for s in sequences], 1)
-        put(self.keys, [s.key for s in sequences], 0)
-        put(self.counters, [s.num_generated for s in sequences], 0)
-        rows = [s.blocks + [0] * (width - len(s.blocks)) for s in sequences]
-        rows += [[spare_block] + [0] * (width - 1)] * missing
-        self.tables.copy_(torch.tensor(rows, dtype=torch.int32))
+        size, used = self.tables.shape[0], len(sequences)
+        integers = np.zeros((6, size), dtype=np.int64)
+        temperature, top_p = np.zeros(size, dtype=np.float32), np.ones(size)
+        params = [sequence.params for sequence in sequences]
+        integers[:, :used] = (
+            [s.tokens[-1] for s in sequences],
+            [len(s.tokens) - 1 for s in sequences],
+            # Behind its last possible token a sequence stays where it is: no block is set aside for more.
+            [s.prompt_length + s.params.max_new_tokens - 1 for s in sequences],
+            [p.top_k for p in params],
+            [s.key for s in sequences],
+            [s.num_generated for s in sequences],
+        )
+        temperature[:used], top_p[:used] = [p.temperature for p in params], [p.top_p for p in params]
+        for row in range(size):
+            self._load_table(row, sequences[row].blocks if row < used else [spare_block])
+        for target, values in (
+            (self.integers, integers),
+            (self.temperature, temperature),
+            (self.top_p, top_p),
+            (self.tables, self._tables),
+        ):
+            target.copy_(pinned(values, target.device), non_blocking=True)
         self.round.zero_()
+
+    def _load_table(self, row: int, blocks: list[int]) -> None:
+        if self._blocks[row] is not blocks:
+            self._tables[row] = 0
+            self._blocks[row], self._known[row] = blocks, 0
+        known, count = self._known[row], len(blocks)
+        if count > known:
+            self._tables[row, known:count] = blocks[known:]
+            self._known[row] = count
 
 
 class Decoder:
@@ -108,9 +128,8 @@ class Decoder:
 
     def _graph(self, size: int) -> torch.cuda.CUDAGraph:
         if size not in self._graphs:
-            buffers, state = self._buffers[size], {}
-            for name, tensor in vars(buffers).items():
-                state[name] = tensor.clone()
+            buffers = self._buffers[size]
+            state = {name: value.clone() for name, value in vars(buffers).items() if isinstance(value, Tensor)}
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # what is compiled or chosen at a first call must not be recorded
@@ -136,14 +155,15 @@ class Decoder:
             context_lengths=(position + 1).int(),
             block_tables=state.tables,
             query_tiles=state.no_tiles,
-            decoding=True,
+            decoding=size,
         )
 
         def logits_of_all(hidden: Tensor, weight: Tensor) -> Tensor:
             return F.linear(hidden[0], weight.to(hidden.dtype))
 
         attention = PagedAttention(runner.caches, layout)
-        logits = runner.model(state.token.view(1, size), position.view(1, size), attention, logits_of_all)
+        with runner.eagerly():
+            logits = runner.model(state.token.view(1, size), position.view(1, size), attention, logits_of_all)
         batch = SamplingBatch(state.temperature, state.top_k, state.top_p, state.keys, state.counters, filtered)
         sampled = sample(logits, batch)
         state.tokens.index_copy_(0, state.round, sampled.tokens[None])

@@ -347,10 +347,11 @@ class Engine:
         left = sequence.params.max_new_tokens - sequence.num_generated
         if len(tokens) >= left:
             tokens, reason = tokens[:left], "length"
-        for count, token in enumerate(tokens, 1):
-            if token in sequence.stop_ids or self._stop_string_in(sequence, token):
-                tokens, reason = tokens[:count], "stop"
-                break
+        if sequence in self._texts or not sequence.stop_ids.isdisjoint(tokens):
+            for count, token in enumerate(tokens, 1):
+                if token in sequence.stop_ids or self._stop_string_in(sequence, token):
+                    tokens, reason = tokens[:count], "stop"
+                    break
         count = len(tokens)
         if not all(map(math.isfinite, raw[:count])):
             raise FloatingPointError(f"the model's logits are not finite (weight version {self._version})")

@@ -4,7 +4,10 @@ The model is the trainer's object: same weights, same FP8 codes, same code. Only
 """
 
 from collections.abc import Sequence as List
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +18,7 @@ from infir2.kernels.paged_layout import PagedCache, PagedLayout, empty_cache, qu
 from infir2.kernels.reference import FP8
 from infir2.model.transformer import CausalLM
 from infir2.rollout.scheduler import Chunk
+from infir2.rollout.upload import block_tables, upload
 
 
 class PagedAttention:
@@ -23,7 +27,7 @@ class PagedAttention:
     def __init__(self, caches: list[PagedCache], layout: PagedLayout) -> None:
         self.caches, self.layout = caches, layout
 
-    # Layers that the trainer compiled leave their compiled code here: every batch is another layout.
+    # Layers that the trainer compiled for a CPU leave their compiled code here: every batch is another layout.
     @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
         """q [1, tokens, heads, head_dim], k and v [1, tokens, kv_heads, head_dim] -> like q."""
@@ -78,42 +82,41 @@ class Runner:
     # Not inference_mode: FP8 codes that are made here are used by the trainer's backward pass as well.
     @torch.no_grad()
     def run(self, chunks: List[Chunk]) -> Tensor:
-        """Compute the chunks. Logits [sampling chunks, vocabulary] of their last tokens, in the compute dtype."""
-        input_ids, position_ids = self._tokens(chunks)
-        ends = torch.tensor([chunk.length for chunk in chunks]).cumsum(0) - 1
-        sampling = ends[torch.tensor([chunk.samples for chunk in chunks])].to(self.device)
+        """Compute the chunks, those of one token first. Logits [sampling chunks, vocabulary] of their last tokens, in
+        the compute dtype."""
+        input_ids, position_ids, layout = self._batch(chunks)
+        ends = np.cumsum([chunk.length for chunk in chunks]) - 1
+        sampling = upload(ends[[chunk.samples for chunk in chunks]], self.device)
 
         def last_tokens_only(hidden: Tensor, weight: Tensor) -> Tensor:
             return F.linear(hidden[0, sampling], weight.to(hidden.dtype))
 
-        attention = PagedAttention(self.caches, self._layout(chunks))
-        return self.model(input_ids, position_ids, attention, last_tokens_only)
+        with self.eagerly():
+            return self.model(input_ids, position_ids, PagedAttention(self.caches, layout), last_tokens_only)
 
-    def _tokens(self, chunks: List[Chunk]) -> tuple[Tensor, Tensor]:
-        """Ids and positions of the chunks' tokens, end to end: int64 [1, tokens] each."""
-        ids: list[int] = []
-        positions: list[int] = []
-        for chunk in chunks:
-            ids += chunk.sequence.tokens[chunk.start : chunk.start + chunk.length]
-            positions += range(chunk.start, chunk.start + chunk.length)
-        both = torch.tensor([ids, positions], dtype=torch.int64).to(self.device)
-        return both[:1], both[1:]
+    def eagerly(self) -> AbstractContextManager:
+        """On a GPU, layers that the trainer compiled run as they are written: kernels without a backward pass are as
+        fast, and nothing has to be compiled again for passes of other sizes."""
+        return torch.compiler.set_stance("force_eager") if self.device.type == "cuda" else nullcontext()
 
-    def _layout(self, chunks: List[Chunk]) -> PagedLayout:
-        size = self.block_size
-        starts, contexts, slots = [0], [], []
-        for chunk in chunks:
-            blocks, end = chunk.sequence.blocks, chunk.start + chunk.length
-            starts.append(starts[-1] + chunk.length)
-            contexts.append(end)
-            slots += [blocks[i // size] * size + i % size for i in range(chunk.start, end)]
-        width = max(len(chunk.sequence.blocks) for chunk in chunks)
-        tables = [chunk.sequence.blocks + [0] * (width - len(chunk.sequence.blocks)) for chunk in chunks]
-        return PagedLayout(
-            slots=torch.tensor(slots, dtype=torch.int64).to(self.device),
-            query_starts=torch.tensor(starts, dtype=torch.int32).to(self.device),
-            context_lengths=torch.tensor(contexts, dtype=torch.int32).to(self.device),
-            block_tables=torch.tensor(tables, dtype=torch.int32).to(self.device),
-            query_tiles=query_tiles([chunk.length for chunk in chunks]).to(self.device),
-            decoding=all(chunk.length == 1 for chunk in chunks),
+    def _batch(self, chunks: List[Chunk]) -> tuple[Tensor, Tensor, PagedLayout]:
+        """Ids and positions of the chunks' tokens, end to end, int64 [1, tokens] each, and where they belong."""
+        size, device = self.block_size, self.device
+        lengths = np.array([chunk.length for chunk in chunks])
+        contexts = np.array([chunk.start + chunk.length for chunk in chunks])
+        starts = np.concatenate(([0], lengths.cumsum()))
+        known = (chunk.sequence.tokens[chunk.start : chunk.start + chunk.length] for chunk in chunks)
+        tokens = np.fromiter(chain.from_iterable(known), np.int64, starts[-1])
+        positions = np.arange(starts[-1]) + (contexts - lengths - starts[:-1]).repeat(lengths)
+        tables = block_tables([chunk.sequence.blocks for chunk in chunks])
+        blocks = tables[np.arange(len(chunks)).repeat(lengths), positions // size].astype(np.int64)
+        decoding = next((i for i, length in enumerate(lengths) if length > 1), len(chunks))
+        layout = PagedLayout(
+            slots=upload(blocks * size + positions % size, device),
+            query_starts=upload(starts.astype(np.int32), device),
+            context_lengths=upload(contexts.astype(np.int32), device),
+            block_tables=upload(tables, device),
+            query_tiles=upload(query_tiles(lengths.tolist(), decoding).numpy(), device),
+            decoding=decoding,
         )
+        return upload(tokens[None], device), upload(positions[None], device), layout

@@ -9,10 +9,12 @@ from collections.abc import Sequence as List
 from dataclasses import dataclass
 from hashlib import blake2b
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from infir2.rollout.records import SamplingParams
+from infir2.rollout.upload import upload
 
 # SplitMix64: a counter multiplied by an odd constant, then bits mixed by two multiplications.
 _STEP = 0x9E3779B97F4A7C15
@@ -40,15 +42,15 @@ class SamplingBatch:
     def make(
         params: List[SamplingParams], keys: List[int], counters: List[int], device: torch.device | str
     ) -> "SamplingBatch":
-        def column(values: list[float] | List[int], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(device)
+        def column(values: list[float] | List[int], dtype: type) -> Tensor:
+            return upload(np.array(values, dtype=dtype), torch.device(device))
 
         return SamplingBatch(
-            temperature=column([p.temperature for p in params], torch.float32),
-            top_k=column([p.top_k for p in params], torch.int64),
-            top_p=column([p.top_p for p in params], torch.float64),
-            keys=column(keys, torch.int64),
-            counters=column(counters, torch.int64),
+            temperature=column([p.temperature for p in params], np.float32),
+            top_k=column([p.top_k for p in params], np.int64),
+            top_p=column([p.top_p for p in params], np.float64),
+            keys=column(keys, np.int64),
+            counters=column(counters, np.int64),
             filtered=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params),
         )
 

@@ -55,7 +55,8 @@ class Scheduler:
         insort(self.waiting, sequence, key=_arrival)
 
     def schedule(self) -> list[Chunk]:
-        """The chunks of the next pass; they hold at most ``max_batch_tokens`` tokens. Empty when nothing is left."""
+        """The chunks of the next pass, those of one token first; they hold at most ``max_batch_tokens`` tokens. Empty
+        when nothing is left."""
         before = self.preemptions
         # Decoding sequences come first: a token of the budget is set aside for each of them.
         spare = self.max_batch_tokens - sum(sequence.remaining == 1 for sequence in self.running)
@@ -71,7 +72,7 @@ class Scheduler:
                 chunks.append(_chunk(sequence, length))
         if self.preemptions == before:
             self._admit(chunks, spare)
-        return chunks
+        return sorted(chunks, key=lambda chunk: chunk.length > 1)
 
     def reserve(self, rounds: int) -> int:
         """Blocks for ``rounds`` further tokens of every running sequence, or for as many as there is room for; how

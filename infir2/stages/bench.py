@@ -28,10 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precisions",
         nargs="+",
-        choices=[*PRECISIONS, *(f"{name}/{kept}" for name in PRECISIONS[1:3] for kept in ("bf16", "recompute"))],
+        choices=[
+            *PRECISIONS,
+            *(f"{name}/{kept}" for name in PRECISIONS[1:3] for kept in ("bf16", "recompute", "head")),
+        ],
         default=["bf16", "blockwise", "hybrid"],
         metavar="NAME",
-        help=f"{', '.join(PRECISIONS)}; blockwise/bf16, hybrid/recompute and so on say how gate and up are kept",
+        help=f"{', '.join(PRECISIONS)}; blockwise/bf16, hybrid/recompute: how gate and up are kept; /head: with an "
+        "FP8 output head",
     )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="step: other implementations to measure")
     parser.add_argument("--optimizer", action="store_true", help="step: AdamW as well")
@@ -39,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers-only", action="store_true", help="step: decoder layers without the output head")
     parser.add_argument("--no-compile", action="store_true", help="step: leave layers uncompiled")
     parser.add_argument("--repeats", type=int, default=10, help="timed repetitions (10)")
-    parser.add_argument("--profile", action="store_true", help="step: where the time goes, by kernel family (GPU)")
+    parser.add_argument("--profile", action="store_true", help="step, decode: GPU time by kernel family")
     parser.add_argument("--json", type=Path, help="write the figures here")
 
 

@@ -15,22 +15,28 @@ from infir2.model.transformer import CausalLM
 from infir2.rollout.engine import Engine
 from infir2.rollout.options import EngineOptions
 from infir2.rollout.records import Request, SamplingParams
-from infir2.stages.bench_step import fresh_memory, randomise
+from infir2.stages.bench_step import fresh_memory, kernel_profile, randomise
 
 WARM_UP = 24  # new tokens of a first, untimed generation: kernels are compiled and graphs recorded
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a precision; ``--batch`` sequences of ``--length`` prompt tokens, ``--new`` tokens each."""
+    """One row a precision; ``--batch`` sequences of ``--length`` prompt tokens, ``--new`` tokens each.
+
+    ``roofline share``: the time in which a copy on this device would move what a decoding step has to read, over the
+    time of a step. Read are the weights that are multiplied, once, and the keys and values of all sequences at half of
+    their growth. Nothing else is counted: no activations, no arithmetic.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    copied = _copy_bytes_a_second(device)
     rows = []
     for name in args.precisions:
         with fresh_memory(device):
-            rows.append(_measure(name, device, args))
+            rows.append(_measure(name, device, copied, args))
     return rows
 
 
-def _measure(name: str, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+def _measure(name: str, device: torch.device, copied: float, args: argparse.Namespace) -> dict[str, Any]:
     model = _model(name, device, args)
     tokens = args.batch * (args.length + args.new + 64)
     options = EngineOptions(
@@ -55,15 +61,59 @@ def _measure(name: str, device: torch.device, args: argparse.Namespace) -> dict[
     decoding, decoded = seconds - filled[0], made - filled[1]
     step_s = decoding / (decoded / args.batch)
     moved = _weight_bytes(model) + _cache_bytes_a_token(engine) * args.batch * (args.length + args.new / 2)
-    return {
-        "what": f"infir2 {name}",
+    row: dict[str, Any] = {
+        "what": f"infir2 {name}" + (" fp8 cache" if args.cache == "fp8" else ""),
         "prefill tokens/s": args.batch * args.length / filled[0],
         "decode tokens/s": decoded / decoding,
         "step ms": step_s * 1e3,
         "read GB/s": moved / step_s / 1e9,
+        "roofline share": moved / step_s / copied,
         "new tokens/s over all": made / seconds,
         "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }
+    if args.profile and device.type == "cuda":
+        row |= _profiles(engine, _requests(args, model.config.vocab_size, args.new))
+    return row
+
+
+def _profiles(engine: Engine, requests: list[Request]) -> dict[str, Any]:
+    """Where the time of the prompts goes, and that of the decoding rounds which the engine makes at a time."""
+    prompt_tokens = sum(len(request.prompt_ids) for request in requests)
+
+    def read_prompts() -> None:
+        goal = engine.stats().computed_tokens + prompt_tokens
+        while engine.stats().computed_tokens < goal:
+            engine.step()
+
+    for request in requests:
+        engine.add_request(request)
+    prompts = kernel_profile(read_prompts)
+    engine.step()  # the last prompts' first tokens
+    steps = engine.stats().steps
+    rounds = kernel_profile(engine.step)
+    rounds = {"rounds": engine.stats().steps - steps, **rounds}
+    engine.pause("abort")
+    engine.resume()
+    return {"prefill profile ms": prompts, "decode profile ms": rounds}
+
+
+def _copy_bytes_a_second(device: torch.device) -> float:
+    """Bytes that a long copy on the device reads and writes a second, at best."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(5):
+        _wait(device)
+        began = time.perf_counter()
+        for _ in range(4):
+            target.copy_(source)
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 8 * source.nbytes / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _model(name: str, device: torch.device, args: argparse.Namespace) -> CausalLM:
@@ -76,7 +126,7 @@ def _model(name: str, device: torch.device, args: argparse.Namespace) -> CausalL
     model.to_empty(device=device)
     randomise(model)
     refresh_weights(model)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def _requests(args: argparse.Namespace, vocabulary: int, new: int) -> list[Request]:

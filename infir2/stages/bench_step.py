@@ -27,15 +27,17 @@ from infir2.model.transformer import CausalLM
 from infir2.parallel.apply import parallelize
 from infir2.parallel.runtime import World, world
 from infir2.stages.bench_peers import apply_torchao, transformers_model
+from infir2.train.collection import collecting_between_steps
 from infir2.train.optimizer import build_optimizer
 
 # Kernel families of --profile: the first pattern that a kernel's name matches.
 _FAMILIES = (
-    ("attention", r"cudnn|flash|fmha|sdpa|attention"),
+    ("attention", r"cudnn|flash|fmha|sdpa|attention|_decode_kernel|_join_kernel|_prompt_kernel|_write_kernel"),
     ("quantise", r"_tile_kernel|_cast_kernel|_amax_kernel|_rows_kernel|_transpose"),
-    ("norm, SwiGLU and quantise", r"_norm_kernel|_swiglu"),
+    ("norm, rotary, SwiGLU (and quantise)", r"_norm_kernel|_swiglu|_silu_mul|_rotate_kernel"),
+    ("sampling", r"_sums_kernel|_draw_kernel"),
     ("cross-entropy", r"_softmax_gradient"),
-    ("gemm fp8", r"e4m3|fp8|f8"),
+    ("gemm fp8", r"nvjet_sm\d+_qq|e4m3|fp8|f8"),
     ("gemm bf16", r"gemm|nvjet|cutlass|sm90_xmma|matmul"),
     ("optimiser", r"adam"),
     ("elementwise", r""),
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     config = preset(args.model)
     config = dataclasses.replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
     rows: list[dict[str, Any]] = []
-    with world() as here:
+    with world() as here, collecting_between_steps():
         for name in args.precisions:
             with fresh_memory(here.device):
                 rows.append(_measure(f"infir2 {name}", _ours(config, name, here, args), config, here, args))
@@ -68,7 +70,8 @@ def _ours(
     name, _, kept = precision.partition("/")
     with torch.device("meta"):
         model = CausalLM(config)
-    convert(model, recipe_named(name), mlp_activations=cast(MlpActivations, kept or "fp8"))
+    fp8_head = kept == "head"
+    convert(model, recipe_named(name), mlp_activations=cast(MlpActivations, "fp8" if kept in ("", "head") else kept))
     if torchao is not None:
         model.to(torch.bfloat16)  # its layers cast nothing themselves
         apply_torchao(model, torchao)
@@ -84,7 +87,7 @@ def _ours(
     refresh_weights(model)
 
     def forward(ids: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        head = partial(_no_head if args.layers_only else _head, labels=labels)
+        head = partial(_no_head, labels=labels) if args.layers_only else partial(_head, labels=labels, fp8=fp8_head)
         return model(ids, positions, causal_attention, head=head) / labels.numel()
 
     return model, forward
@@ -95,8 +98,8 @@ def _no_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return hidden.sum(dtype=torch.float32)
 
 
-def _head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy_sum(hidden.flatten(0, 1), weight, labels.flatten())
+def _head(hidden: Tensor, weight: Tensor, labels: Tensor, fp8: bool) -> Tensor:
+    return cross_entropy_sum(hidden.flatten(0, 1), weight, labels.flatten(), fp8=fp8)
 
 
 def _transformers(config: ModelConfig, here: World, args: argparse.Namespace) -> tuple[nn.Module, Callable]:
@@ -143,7 +146,7 @@ def _measure(
     if args.optimizer:
         row |= _with_optimizer(model, forward, inputs, here, args)
     if args.profile and here.device.type == "cuda":
-        row["profile ms"] = _profile(step)
+        row["profile ms"] = kernel_profile(step)
     return row
 
 
@@ -173,11 +176,11 @@ def _median_ms(work: Callable[[], Any], here: World, repeats: int) -> float:
     return statistics.median(times)
 
 
-def _profile(step: Callable[[], None]) -> dict[str, Any]:
-    """Milliseconds on the GPU by kernel family, of the longest kernels, and the share of the step in which one ran."""
+def kernel_profile(work: Callable[[], Any]) -> dict[str, Any]:
+    """Milliseconds on the GPU by kernel family, of the longest kernels, and the share of the time in which one ran."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
-        step()
+        work()
         torch.cuda.synchronize()
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     families: dict[str, float] = dict.fromkeys((name for name, _ in _FAMILIES), 0.0)

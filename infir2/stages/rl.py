@@ -90,7 +90,7 @@ def train_rl(config: RlConfig, world: "World") -> "signal.Signals | None":
     scorer = make_scorer(config.reward)
     data = read_data(config, chat, scorer, show_progress=world.is_main)
     print("\n".join(_data_lines(config, data)))
-    wiring = _Wiring(config, architecture, chat, tokenizer, data, scorer, world)
+    wiring = Wiring(config, architecture, chat, tokenizer, data, scorer, world)
     dtype = getattr(torch, config.model.dtype)
     stage = StageData(
         loop=config.train.loop(),
@@ -114,7 +114,7 @@ def train_rl(config: RlConfig, world: "World") -> "signal.Signals | None":
         scorer.close()
 
 
-class _Wiring:
+class Wiring:
     """Puts the loop together once the model is there."""
 
     loop: "RlLoop"
@@ -213,6 +213,8 @@ def engine_options(config: RlConfig) -> "EngineOptions":
         cache_tokens=rollout.cache_tokens,
         max_sequences=rollout.max_sequences,
         max_batch_tokens=rollout.max_batch_tokens,
+        # Block tables are as wide as the longest sequence: not as wide as all positions that the model has.
+        max_length=config.data.max_prompt_tokens + max(rollout.max_new_tokens, config.eval.max_new_tokens),
         cache_dtype=rollout.cache_dtype,
     )
 

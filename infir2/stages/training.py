@@ -29,7 +29,14 @@ from infir2.train.loop import Callbacks, Progress, train
 from infir2.train.metrics import MetricsWriter
 from infir2.train.optimizer import build_optimizer
 from infir2.train.schedule import learning_rate
-from infir2.train.step import AttentionFor, Objective, StepResult, cross_entropy, evaluate
+from infir2.train.step import (
+    AttentionFor,
+    Objective,
+    StepResult,
+    cross_entropy,
+    cross_entropy_of_fp8_head,
+    evaluate,
+)
 from infir2.types import Batch
 
 
@@ -173,7 +180,7 @@ def run_training(
                     poll=saver.poll,
                     finish=saver.finish,
                     attention_for=data.attention_for,
-                    objective=data.objective,
+                    objective=cross_entropy_of_fp8_head if config.fp8.head else data.objective,
                     step_values=data.step_values,
                     together=data.together,
                 )

@@ -19,6 +19,7 @@ from infir2.config import LogSection, TrainSection
 from infir2.errors import TrainingStopped
 from infir2.fp8.health import measure
 from infir2.parallel.runtime import World
+from infir2.train.collection import collecting_between_steps
 from infir2.train.interrupt import Interrupt
 from infir2.train.metrics import MetricsWriter
 from infir2.train.optimizer import set_learning_rate
@@ -96,6 +97,7 @@ def train(
     with (
         Interrupt(world, callbacks.poll, callbacks.finish) as interrupt,
         _profiler(log.profile_steps, trace_folder, progress.step, world.rank) as profiler,
+        collecting_between_steps() as collect,
     ):
         for batches in callbacks.batches(progress.step + 1, config.steps, interrupt.check):
             step = progress.step + 1
@@ -135,6 +137,7 @@ def train(
             if last or (config.save_every and step % config.save_every == 0):
                 callbacks.save(progress)
                 saved = step
+            collect(step)
             meter.start()
         stopped = interrupt.check()
         if progress.step == config.steps:

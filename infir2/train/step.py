@@ -27,6 +27,11 @@ def cross_entropy(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor,
     return cross_entropy_sum(hidden.reshape(-1, hidden.shape[-1]), weight, batch.labels.reshape(-1)), {}
 
 
+def cross_entropy_of_fp8_head(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The same with an output head in FP8."""
+    return cross_entropy_sum(hidden.reshape(-1, hidden.shape[-1]), weight, batch.labels.reshape(-1), fp8=True), {}
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one optimiser step did; the same on every rank."""

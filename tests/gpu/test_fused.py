@@ -41,7 +41,7 @@ def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], share: fl
         ours, theirs = ours.cpu(), theirs.cpu()
         if ours.dtype == reference.FP8:
             moved = (ours.view(torch.int8).int() - theirs.view(torch.int8).int()).abs()
-            assert (moved != 0).float().mean() <= share
+            assert (moved != 0).sum() <= share * moved.numel()
             assert share == 0.0 or moved.max() <= 128
         elif share == 0.0:
             assert torch.equal(ours.nan_to_num(-1.0), theirs.nan_to_num(-1.0))
@@ -55,7 +55,9 @@ def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], share: fl
 @pytest.mark.parametrize("shape", SHAPES)
 def test_row_codes_bit_for_bit(shape: tuple, dtype: torch.dtype, amax: bool) -> None:
     x = values(*shape, dtype)
-    assert_same(quantize_rows(x.cuda(), amax), encode_rows(x, amax))
+    got, expected = quantize_rows(x.cuda(), amax), encode_rows(x, amax)
+    assert_same(got[:2], expected[:2])
+    assert_same((got[2].amax(0),), (expected[2].amax(0),))
 
 
 @pytest.mark.parametrize("granularity", ["tile", "channel"])
@@ -63,7 +65,7 @@ def test_row_codes_bit_for_bit(shape: tuple, dtype: torch.dtype, amax: bool) -> 
 def test_transposed_row_codes_bit_for_bit(shape: tuple, granularity: str) -> None:
     rows = encode_rows(values(*shape), True)
     got = transpose_rows(*(part.cuda() for part in rows), granularity)
-    assert_same(got, reference.transpose_rows(rows[0], rows[1], granularity))
+    assert_same(got, reference.transpose_rows(*rows, granularity))
 
 
 def test_transposed_codes_are_the_same_bytes() -> None:
@@ -102,7 +104,7 @@ def test_swiglu_backward_then_codes(shape: tuple, codes: bool, amax: bool) -> No
     expected = swiglu_backward_quantize(grad, kept, scale, amax)
     assert_same(tuple(got[i] for i in (0, 1, 3, 4)), tuple(expected[i] for i in (0, 1, 3, 4)), share=2e-3)
     for ours, theirs in ((got[2], expected[2]), (got[5], expected[5])):
-        assert torch.allclose(ours.cpu(), theirs, rtol=0.13)
+        assert torch.allclose(ours.amax(0).cpu(), theirs.amax(0), rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -113,8 +115,9 @@ def test_softmax_gradient(vocabulary: int, dtype: torch.dtype) -> None:
     labels = torch.randint(0, vocabulary, (37,), generator=generator)
     labels[5] = -100
     ours, theirs = logits.cuda(), logits.clone()
-    nll = softmax_gradient_(ours, labels.cuda(), -100, gradient=True)
-    expected = softmax_gradient_(theirs, labels, -100, gradient=True)
+    nll, codes = softmax_gradient_(ours, labels.cuda(), -100, gradient=True, encode=True)
+    expected, expected_codes = softmax_gradient_(theirs, labels, -100, gradient=True, encode=True)
+    assert_same((codes[0][:37], codes[1][:37]), expected_codes, share=2e-3)
     assert torch.allclose(nll.cpu(), expected, rtol=1e-5, atol=1e-5)
     assert torch.allclose(ours.cpu().float(), theirs.float(), rtol=1e-2, atol=1e-6)
     assert ours[5].eq(0).all()

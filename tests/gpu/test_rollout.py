@@ -31,8 +31,10 @@ def layout_for(lengths: list[int], queries: list[int], tables: Tensor) -> PagedL
         for i in range(length - new, length)
     ]
     starts = torch.tensor([0, *queries]).cumsum(0).int()
-    contexts, tiles = torch.tensor(lengths, dtype=torch.int32), paged_layout.query_tiles(queries)
-    return PagedLayout(torch.tensor(slots), starts, contexts, tables, tiles, all(new == 1 for new in queries))
+    contexts = torch.tensor(lengths, dtype=torch.int32)
+    decoding = next((i for i, new in enumerate(queries) if new > 1), len(queries))
+    tiles = paged_layout.query_tiles(queries, decoding)
+    return PagedLayout(torch.tensor(slots), starts, contexts, tables, tiles, decoding)
 
 
 def moved(record: PagedCache | PagedLayout, device: str) -> PagedCache | PagedLayout:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from infir2.kernels import logprob
+from infir2.kernels import reference as fp8_reference
 
 
 @pytest.mark.parametrize("chunk_logits", [1 << 27, 7 * 1000])
@@ -110,3 +111,41 @@ def test_token_logprobs_of_nothing() -> None:
     assert not weight.grad.any()
     with pytest.raises(ValueError, match="temperature"):
         logprob.token_logprobs(hidden, weight, torch.zeros(3, dtype=torch.int64), 0.0)
+
+
+def test_an_fp8_head_changes_the_loss_by_the_rounding_of_its_operands() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(200, 256).bfloat16().requires_grad_()
+    weight = (torch.randn(1024, 256) * 0.05).requires_grad_()
+    labels = torch.randint(0, 1024, (200,))
+    labels[:20] = -100
+    results = []
+    for fp8 in (False, True):
+        hidden.grad = weight.grad = None
+        loss = logprob.cross_entropy_sum(hidden, weight, labels, fp8=fp8)
+        loss.backward()
+        results.append((loss.item(), hidden.grad.float(), weight.grad.clone()))
+    plain, quantised = results
+    assert 0 < abs(quantised[0] - plain[0]) < 2e-3 * plain[0]
+    for before, after in zip(plain[1:], quantised[1:]):
+        assert 0 < ((after - before).norm() / before.norm()).item() < 0.05
+    assert not quantised[1][:20].any()
+
+
+def test_an_fp8_head_multiplies_the_codes_that_the_quantiser_gives() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(128, 256).bfloat16().requires_grad_(), torch.randn(512, 256)
+    labels = torch.randint(0, 512, (128,))
+    loss = logprob.cross_entropy_sum(hidden, weight, labels, fp8=True)
+    loss.backward()
+
+    def exact(x: Tensor, granularity: str) -> Tensor:
+        return fp8_reference.dequantize(*fp8_reference.quantize(x, granularity, "ue8m0"), granularity)
+
+    head = exact(weight.bfloat16(), "block")
+    logits = (exact(hidden.detach(), "tile") @ head.T).bfloat16()
+    expected = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    gradient = torch.softmax(logits.float(), -1) - torch.nn.functional.one_hot(labels, 512)
+    wanted = exact(gradient, "tile") @ head
+    assert ((hidden.grad - wanted).norm() / wanted.norm()).item() < 3e-3

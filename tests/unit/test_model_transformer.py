@@ -244,3 +244,58 @@ def test_cast_weights_are_used_without_gradients_only() -> None:
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
     model.drop_casts()
     assert all(getattr(module, "cast", None) is None for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["qwen2-tied", "llama3-bias", "qwen3"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_joined_weights_change_nothing(family: str, frozen: bool) -> None:
+    """q, k, v and gate, up in one GEMM each while generating: copies of masters, or frozen parameters, moved."""
+    model = CausalLM(FAMILIES[family], torch.float32 if frozen else torch.bfloat16)
+    model.init_weights(0)
+    model.requires_grad_(not frozen)
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Linear) and module.bias is not None:
+                module.bias.normal_()
+        expected = model(*inputs(), causal_attention)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        model.cast_weights()
+        joined = layer.self_attn.q_proj.joined
+        assert joined is not None
+        assert layer.mlp.gate_proj.joined.weight.shape == (2 * 112, 64)
+        torch.testing.assert_close(model(*inputs(), causal_attention), expected)
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+        layer.self_attn.v_proj.weight.mul_(2.0)
+        if layer.self_attn.v_proj.bias is not None:
+            layer.self_attn.v_proj.bias.add_(1.0)
+        model.cast_weights()
+        assert layer.self_attn.q_proj.joined is joined, "recorded graphs go on reading the same memory"
+        last = joined.weight[sum(joined.sizes[:2]) :]
+        assert torch.equal(last, layer.self_attn.v_proj.weight.to(last.dtype))
+        changed = model(*inputs(), causal_attention)
+        model.drop_casts()
+        assert (layer.self_attn.q_proj.joined is None) != frozen
+        torch.testing.assert_close(changed, model(*inputs(), causal_attention))
+        assert not torch.allclose(changed, expected)
+
+
+def test_parameters_that_were_put_elsewhere_are_not_taken_for_joined_ones() -> None:
+    model = CausalLM(FAMILIES["qwen2-tied"], torch.float32).requires_grad_(False)
+    model.init_weights(0)
+    model.cast_weights()
+    other = copy.deepcopy(model)
+    other.init_weights(1)
+    with torch.no_grad():
+        expected = other(*inputs(), causal_attention)
+        fresh = CausalLM(FAMILIES["qwen2-tied"], torch.float32)
+        fresh.init_weights(1)
+        torch.testing.assert_close(expected, fresh(*inputs(), causal_attention))
+
+
+def test_weights_that_are_trained_in_the_compute_dtype_stay_alone() -> None:
+    model = CausalLM(FAMILIES["qwen2-tied"], torch.float32)
+    model.cast_weights()
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    assert all(linear.joined is None and linear.cast is None for linear in linears)

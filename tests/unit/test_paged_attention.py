@@ -36,8 +36,9 @@ def layout_for(tables: Tensor, lengths: list[int], queries: list[int], block_siz
     ]
     starts = torch.tensor([0, *queries]).cumsum(0)
     contexts = torch.tensor(lengths, dtype=torch.int32)
-    decoding = all(new == 1 for new in queries)
-    return PagedLayout(torch.tensor(slots), starts.int(), contexts, tables, query_tiles(queries), decoding)
+    decoding = next((i for i, new in enumerate(queries) if new > 1), len(queries))
+    tiles = query_tiles(queries, decoding)
+    return PagedLayout(torch.tensor(slots), starts.int(), contexts, tables, tiles, decoding)
 
 
 def filled(cache: PagedCache, kv: list[tuple[Tensor, Tensor]], tables: Tensor, block_size: int) -> PagedCache:

@@ -1,0 +1,25 @@
+"""Rotary positions: dimensions i and i + head_dim / 2 of a head are turned by an angle."""
+
+import torch
+from torch import Tensor
+
+from infir2.kernels.forward_only import forward_only
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn every head of queries and keys [batch, length, heads, head_dim].
+
+    ``cos`` and ``sin`` are float32 [batch, length, head_dim / 2]; the result is float32, rounded once to the dtype of
+    ``q`` and ``k``.
+    """
+    if forward_only(q):
+        from infir2.kernels import forward_only_triton
+
+        return forward_only_triton.rotate(q, k, cos, sin)
+    return _turned(q, cos, sin), _turned(k, cos, sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
