@@ -99,7 +99,10 @@ def _cublas_takes(a: Tensor, b: Tensor, a_granularity: str, b_granularity: str) 
 def _right_scale(scale: Tensor, granularity: str) -> Tensor:
     """The right operand's scales as torch expects them for b.T: block scales with the padding that ``operand`` gave."""
     if granularity == "block":
-        rows, padded = scale.shape[0], scale.shape[1] + -scale.shape[1] % 4
+        rows, missing = scale.shape[0], -scale.shape[1] % 4
+        padded = scale.shape[1] + missing
+        if missing and scale.untyped_storage().nbytes() < (scale.storage_offset() + rows * padded) * 4:
+            return torch.nn.functional.pad(scale, (0, missing)).T  # torch.compile's memory ends with the last scale
         return scale.as_strided((rows, padded), (padded, 1)).T
     if granularity == "channel":
         return scale.T

@@ -150,3 +150,25 @@ def test_norm_weight_dtype_does_not_matter() -> None:
     weight = torch.randn(256, device="cuda")
     got = norm_quantize(x, weight, 1e-6, False)
     assert_same(got[:2], encode_rows(rms_norm(x, weight, 1e-6), False)[:2], share=2e-3)
+
+
+@pytest.mark.parametrize("recipe", ["blockwise", "hybrid"])
+def test_compiled_layers_do_what_they_do_uncompiled(recipe: str) -> None:
+    """At a width of six blocks: their scales are padded to eight, which compiled code must not lose."""
+    config = dataclasses.replace(preset("small-150m", 512), num_hidden_layers=2)
+    losses = []
+    for compiled in (False, True):
+        model = CausalLM(config, torch.bfloat16)
+        model.init_weights(3)
+        convert(model, recipe_named(recipe))
+        model.to("cuda")
+        refresh_weights(model)
+        if compiled:
+            for layer in model.model.layers:
+                layer.compile()
+        ids = torch.randint(0, 512, (2, 128), generator=torch.Generator().manual_seed(1)).cuda()
+        logits = model(ids, torch.arange(128, device="cuda").expand(2, -1), causal_attention)
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
+        loss.backward()
+        losses.append((loss.item(), model.model.layers[0].mlp.down_proj.weight.grad.norm().item()))
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
