@@ -1,8 +1,9 @@
 """Scaled FP8 GEMM behind one signature: ``scaled_mm(a, b)`` = a @ b.T of two quantised operands.
 
 On Hopper (compute capability 9.0) it is cuBLAS through ``torch.nn.functional.scaled_mm``, always with slow (float32)
-accumulation: fast accumulation loses three bits over 16,384 terms. Elsewhere, and for shapes that the hardware path
-cannot take, the operands are dequantised and multiplied: on a CPU in float32, on a GPU in bfloat16 with float32 sums.
+accumulation: fast accumulation loses three bits over 16,384 terms. There a few hundred tokens, as a pass of decoding
+has, times weights go through Triton (``small_matmul_triton``). Elsewhere, and for shapes that the hardware path cannot
+take, the operands are dequantised and multiplied: on a CPU in float32, on a GPU in bfloat16 with float32 sums.
 """
 
 import torch
@@ -19,6 +20,13 @@ _CUBLAS_PAIRS = {
     ("channel", "channel"): ("RowWise", "RowWise"),
     ("tensor", "tensor"): ("TensorWise", "TensorWise"),
 }
+
+
+_FEW_ROWS = 256
+_FEWER_ROWS = 64
+_FEW_TILES = 64
+"""Up to so many rows the Triton kernel of few rows is faster than cuBLAS, on an H200: where the output has fewer 128 x
+128 tiles than this (cuBLAS then leaves half of the multiprocessors without work), and up to _FEWER_ROWS always."""
 
 
 def describe_backend(device: torch.device) -> tuple[str, str]:
@@ -76,6 +84,10 @@ def scaled_mm(
     """
     if not a.is_cuda:
         return reference.scaled_mm(a, a_scale, a_granularity, b, b_scale, b_granularity, out_dtype)
+    if _few_tiles(a, b, a_granularity, b_granularity):
+        from infir2.kernels import small_matmul_triton
+
+        return small_matmul_triton.scaled_mm(a, a_scale, b, b_scale, out_dtype)
     if not _cublas_takes(a, b, a_granularity, b_granularity):
         left = reference.dequantize(a, a_scale, a_granularity, torch.bfloat16)
         right = reference.dequantize(b, b_scale, b_granularity, torch.bfloat16)
@@ -84,6 +96,17 @@ def scaled_mm(
     recipe_a, recipe_b = (getattr(types, name) for name in _CUBLAS_PAIRS[(a_granularity, b_granularity)])
     return torch.nn.functional.scaled_mm(
         a, b.T, a_scale, recipe_a, _right_scale(b_scale, b_granularity), recipe_b, output_dtype=out_dtype
+    )
+
+
+def _few_tiles(a: Tensor, b: Tensor, a_granularity: str, b_granularity: str) -> bool:
+    rows, outputs = a.shape[0], b.shape[0]
+    return (
+        (a_granularity, b_granularity) == ("tile", "block")
+        and 0 < rows <= _FEW_ROWS
+        and (rows <= _FEWER_ROWS or -(-rows // BLOCK) * (outputs // BLOCK) < _FEW_TILES)
+        and torch.cuda.get_device_capability(a.device) == (9, 0)
+        and unsupported_reason(outputs, a.shape[1]) is None
     )
 
 

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from infir2.fp8.tensor import Operand
 from infir2.kernels.norm import rms_norm
+from infir2.kernels.operand import with_layout
+from infir2.kernels.reference import FP8, scale_shape
 from infir2.kernels.rotary import rotate
 from infir2.kernels.swiglu import silu_mul
 from infir2.model.attention import causal_attention
@@ -67,6 +70,91 @@ def test_swiglu(inner: int, dtype: torch.dtype) -> None:
     gate, up = gate_up.chunk(2, dim=-1)
     assert_close(silu_mul(*gate_up.cuda().chunk(2, dim=-1)), silu_mul(gate, up))
     assert_close(silu_mul(gate.contiguous().cuda(), up.contiguous().cuda()), silu_mul(gate, up))
+
+
+SMALL_MATMUL_SHAPES = [  # outputs, contraction
+    (2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960),  # qwen2.5-1.5b
+    (4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944),  # qwen2.5-7b
+    (128, 128), (384, 256), (640, 1152), (1152, 512),
+]  # fmt: skip
+ROWS = pytest.mark.parametrize("rows", [1, 17, 128, 256])
+
+
+def small_matmul(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
+    from infir2.kernels import small_matmul_triton
+
+    assert torch.cuda.get_device_capability() == (9, 0), "TMA and FP8 tensor cores: needs Hopper"
+    return small_matmul_triton.scaled_mm(a.codes, a.scale, b.codes, b.scale, dtype)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+@ROWS
+@pytest.mark.parametrize("shape", SMALL_MATMUL_SHAPES)
+def test_small_matmul_against_float64(shape: tuple[int, int], rows: int) -> None:
+    torch.manual_seed(sum(shape))
+    outputs, contraction = shape
+    a = Operand.quantize(torch.randn(rows, contraction, device="cuda"), "tile", "fp32")
+    b = Operand.quantize(torch.randn(outputs, contraction, device="cuda"), "block", "fp32")
+    expected = a.dequantize(torch.float64) @ b.dequantize(torch.float64).T
+    exact = small_matmul(a, b, torch.float32)
+    # Tensor cores cut the products of a block of 128 to some 14 bits: no float32 sum of FP8 products is nearer.
+    assert relative_error(exact, expected) < 1e-3
+    rounded = small_matmul(a, b, torch.bfloat16)
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(rounded, exact.bfloat16())
+    assert all(torch.equal(small_matmul(a, b, torch.float32), exact) for _ in range(5)), "not the same bits each time"
+
+
+@ROWS
+@pytest.mark.parametrize("shape", SMALL_MATMUL_SHAPES)
+def test_small_matmul_adds_whole_numbers_and_scales_exactly(shape: tuple[int, int], rows: int) -> None:
+    """Codes of -2 to 2: tensor cores lose nothing of 128 such products, and float32 little of the scaled sums."""
+    torch.manual_seed(sum(shape))
+    operands = []
+    for count, granularity in ((rows, "tile"), (shape[0], "block")):
+        codes = torch.randint(-2, 3, (count, shape[1]), device="cuda").float().to(FP8)
+        scale = torch.rand(scale_shape(granularity, count, shape[1]), device="cuda") + 0.5
+        operands.append(Operand(codes, with_layout(scale, granularity), granularity))
+    a, b = operands
+    expected = a.dequantize(torch.float64) @ b.dequantize(torch.float64).T
+    assert relative_error(small_matmul(a, b, torch.float32), expected) < 1e-6
+    assert relative_error(small_matmul(a, b, torch.bfloat16), expected) < 5e-3
+
+
+def test_small_matmul_passes_faults_on() -> None:
+    """A scale of NaN, as a block with Inf has, reaches the outputs of its row, or of its 128 columns, and no others."""
+    x, w = normal(40, 512, dtype=torch.bfloat16).cuda(), normal(384, 512, dtype=torch.bfloat16).cuda()
+    x[7, 300], w[200, 3] = torch.inf, torch.nan
+    got = small_matmul(Operand.quantize(x, "tile", "ue8m0"), Operand.quantize(w, "block", "ue8m0"), torch.float32)
+    wrong = torch.zeros(40, 384, dtype=torch.bool)
+    wrong[7], wrong[:, 128:256] = True, True
+    assert torch.equal(got.isnan().cpu(), wrong)
+
+
+def test_a_cuda_graph_replays_small_matmul() -> None:
+    """With the contraction in parts, that is with a second kernel that starts before the first has ended."""
+    b = Operand.quantize(normal(1536, 8960, dtype=torch.bfloat16).cuda(), "block", "ue8m0")
+    xs = [torch.randn(256, 8960, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    operands = [Operand.quantize(x, "tile", "ue8m0") for x in xs]
+    a = Operand(operands[0].codes.clone(), with_layout(operands[0].scale, "tile"), "tile")
+    expected = [small_matmul(operand, b, torch.bfloat16) for operand in operands]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = [small_matmul(a, b, torch.bfloat16) for _ in range(20)]
+    for operand, same in zip(operands, expected, strict=True):
+        operand.moved_into(a)
+        graph.replay()
+        assert all(torch.equal(each, same) for each in got)
+
+
+def test_few_tokens_take_the_small_matmul() -> None:
+    a = Operand.quantize(normal(256, 8960, dtype=torch.bfloat16).cuda(), "tile", "ue8m0")
+    b = Operand.quantize(normal(1536, 8960, dtype=torch.bfloat16).cuda(), "block", "ue8m0")
+    assert torch.equal(a.matmul(b, torch.bfloat16), small_matmul(a, b, torch.bfloat16))
 
 
 def test_where_gradients_are_wanted_the_twins_run() -> None:
