@@ -23,10 +23,9 @@ _CUBLAS_PAIRS = {
 
 
 _FEW_ROWS = 256
-_FEWER_ROWS = 64
 _FEW_TILES = 64
-"""Up to so many rows the Triton kernel of few rows is faster than cuBLAS, on an H200: where the output has fewer 128 x
-128 tiles than this (cuBLAS then leaves half of the multiprocessors without work), and up to _FEWER_ROWS always."""
+"""Up to so many rows, and fewer 128 x 128 output tiles than this, the Triton kernel of few rows is faster than cuBLAS on
+an H200: cuBLAS then leaves half of the multiprocessors without work."""
 
 
 def describe_backend(device: torch.device) -> tuple[str, str]:
@@ -104,7 +103,7 @@ def _few_tiles(a: Tensor, b: Tensor, a_granularity: str, b_granularity: str) -> 
     return (
         (a_granularity, b_granularity) == ("tile", "block")
         and 0 < rows <= _FEW_ROWS
-        and (rows <= _FEWER_ROWS or -(-rows // BLOCK) * (outputs // BLOCK) < _FEW_TILES)
+        and -(-rows // BLOCK) * (outputs // BLOCK) < _FEW_TILES
         and torch.cuda.get_device_capability(a.device) == (9, 0)
         and unsupported_reason(outputs, a.shape[1]) is None
     )
