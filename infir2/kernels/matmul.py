@@ -24,8 +24,8 @@ _CUBLAS_PAIRS = {
 
 _FEW_ROWS = 256
 _FEW_TILES = 64
-"""Up to so many rows, and fewer 128 x 128 output tiles than this, the Triton kernel of few rows is faster than cuBLAS on
-an H200: cuBLAS then leaves half of the multiprocessors without work."""
+"""Up to so many rows, and fewer 128 x 128 output tiles than this, the Triton kernel of few rows is faster than cuBLAS:
+cuBLAS then leaves half of the multiprocessors without work."""
 
 
 def describe_backend(device: torch.device) -> tuple[str, str]:
