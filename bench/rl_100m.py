@@ -451,7 +451,7 @@ def plot(result_file: Path, picture: Path) -> None:
         apart.plot(steps, run["logprob_diff"], color=colour, lw=1, label=label)
     held_out.set(xlabel="step", title="held-out accuracy")
     reward.set(xlabel="step", title="reward of the rollouts")
-    apart.set(xlabel="step", title="trainer - engine, mean |log-prob. difference|")
+    apart.set(xlabel="step", title="|log-prob. of trainer - of engine|")
     apart.set_ylim(bottom=0)
     for axes in (held_out, reward, apart):
         axes.legend(frameon=False)

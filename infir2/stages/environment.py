@@ -1,6 +1,8 @@
 """What ran, by which command, on what: the record that stands beside every run and every measured figure."""
 
+import contextlib
 import datetime
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -15,15 +17,19 @@ import infir2
 
 
 def environment() -> dict[str, Any]:
-    """command, started (UTC), commit, device, versions."""
+    """command, started (UTC), commit, device, versions of what computes and of peers that may be measured."""
     on_gpu = torch.cuda.is_available()
     versions = {"infir2": infir2.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    for peer in ("transformers", "torchao"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[peer] = importlib.metadata.version(peer)
     if on_gpu:
         import triton
 
         versions |= {"triton": triton.__version__, "cuda": str(torch.version.cuda)}
+    program = Path(sys.argv[0]).name
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["infir2" if program == "__main__.py" else program, *sys.argv[1:]]),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores",
