@@ -1,7 +1,7 @@
 """Does reinforcement learning raise the held-out accuracy of a model of 114 million parameters, in FP8 as in BF16?
 
     python bench/rl_100m.py --out FOLDER --json bench/results/rl_100m_h200.json      (one GPU, minutes)
-    python bench/rl_100m.py --plot bench/results/rl_100m_h200.json docs/img/rl_100m.svg
+    python bench/plot_rl.py bench/results/rl_100m_h200.json docs/img/rl_100m.svg
     python bench/rl_100m.py --smoke --out FOLDER --json FILE                         (the same code, tiny, on a CPU)
 
 1. `infir2 sft` teaches the preset `small-150m`, from random weights, in FP8, reasoning-gym's arithmetic with worked
@@ -64,7 +64,7 @@ class Record:
 
     def __init__(self, path: Path | None, options: argparse.Namespace) -> None:
         self.path, self.began = path, time.monotonic()
-        hidden = ("out", "json", "plot", "smoke", "precisions")
+        hidden = ("out", "json", "smoke", "precisions")
         self.values: dict[str, Any] = {
             **environment(),
             "settings": {key: value for key, value in vars(options).items() if key not in hidden},
@@ -426,43 +426,10 @@ def measure(options: argparse.Namespace) -> None:
     record.save()
 
 
-def plot(result_file: Path, picture: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "infir2", "font.size": 9, "axes.spines.top": False})
-    matplotlib.rcParams.update({"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
-    from matplotlib import pyplot as plt
-
-    result = json.loads(result_file.read_text(encoding="utf-8"))
-    figure, (held_out, reward, apart) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    for precision, colour, label in (("bf16", "#2155cd", "BF16"), ("blockwise", "#d9480f", "FP8")):
-        run = result["runs"].get(precision, {})
-        if "held_out" not in run:
-            continue
-        step, middle, low, high = zip(*run["held_out"])
-        held_out.plot(step, middle, "o-", ms=3, color=colour, label=f"{label}, temperature 1")
-        held_out.fill_between(step, low, high, color=colour, alpha=0.15, lw=0)
-        if "after" in run:
-            greedy = [run[when]["greedy"]["average"] for when in ("before", "after")]
-            held_out.plot([0, run["steps"]], greedy, "D", ms=5, mfc="none", color=colour, label=f"{label}, greedy")
-        steps = range(1, run["steps"] + 1)
-        reward.plot(steps, run["reward"], color=colour, lw=1, label=label)
-        apart.plot(steps, run["logprob_diff"], color=colour, lw=1, label=label)
-    held_out.set(xlabel="step", title="held-out accuracy")
-    reward.set(xlabel="step", title="reward of the rollouts")
-    apart.set(xlabel="step", title="|log-prob. of trainer - of engine|")
-    apart.set_ylim(bottom=0)
-    for axes in (held_out, reward, apart):
-        axes.legend(frameon=False)
-    figure.savefig(picture, metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of data and runs")
     parser.add_argument("--json", type=Path, help="result file")
-    parser.add_argument("--plot", nargs=2, type=Path, metavar=("JSON", "SVG"), help="draw a result and stop")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does the script run?")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--preset", default="small-150m")
@@ -488,8 +455,6 @@ def main() -> None:
     )
     parser.add_argument("--batch-tokens", type=int, default=32_768, help="tokens of one forward pass of the trainer")
     options = parser.parse_args()
-    if options.plot:
-        return plot(*options.plot)
     if options.out is None:
         parser.error("--out: name a folder for data and runs")
     for name, value in SMOKE.items() if options.smoke else ():

@@ -1,0 +1,102 @@
+"""The demo, killed in the middle of every stage: does it end with the numbers of a demo that was left alone?
+
+    python bench/demo_kill.py FOLDER RESULT.json
+
+`infir2 demo` runs once to its end. Then it runs again in another folder, and while each stage runs, after a third to
+two thirds of the time that it took before, the whole process group gets SIGKILL and the same command is given again.
+Compared are every step's loss, gradient norm and reward, every held-out result, the evaluation, and the exported
+weights, byte for byte.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from infir2.durable import replace_file
+from infir2.stages.environment import environment
+from infir2.train.metrics import read_metrics
+
+NUMBERS = ("loss", "grad_norm", "reward", "entropy", "response_length", "eval_loss", "eval_reward", "tokens")
+
+
+def start(folder: Path) -> subprocess.Popen:
+    log = (folder.parent / f"{folder.name}.log").open("ab")
+    command = [sys.executable, "-m", "infir2", "demo", "--out", str(folder)]
+    return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def state(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / "pipeline.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def running(folder: Path) -> str | None:
+    """The stage that was started and not finished."""
+    return next((name for name, facts in state(folder).items() if facts["started"] != facts.get("finished")), None)
+
+
+def left_alone(folder: Path) -> dict[str, float]:
+    """Run the demo to its end; seconds of every stage."""
+    if start(folder).wait() != 0:
+        raise SystemExit(f"the demo failed: see {folder}.log")
+    return {name: facts["seconds"] for name, facts in state(folder).items()}
+
+
+def killed(folder: Path, seconds: dict[str, float], rng: random.Random) -> dict[str, float]:
+    """Run the demo to its end, killed once in every stage; after how many seconds of each."""
+    kills: dict[str, float] = {}
+    process = start(folder)
+    while process.poll() is None:
+        stage = running(folder)
+        if stage is not None and stage not in kills:
+            kills[stage] = round(seconds[stage] * rng.uniform(1 / 3, 2 / 3), 2)
+            time.sleep(kills[stage])
+            if running(folder) == stage:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                print(f"killed {stage} after {kills[stage]} s", flush=True)
+                process = start(folder)
+            else:
+                kills[stage] = -1.0  # it was quicker this time
+        time.sleep(0.05)
+    if process.returncode != 0:
+        raise SystemExit(f"the killed demo failed: see {folder}.log")
+    return kills
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    """All results of a demo that are not times."""
+    found: dict[str, Any] = {}
+    for metrics in sorted(folder.glob("*/metrics.jsonl")):
+        for line in read_metrics(metrics):  # of a step that was done twice the last line counts
+            if line["kind"] in ("train", "eval"):
+                key = f"{metrics.parent.name} {line['kind']} {line['step']}"
+                found[key] = {name: line[name] for name in NUMBERS if name in line}
+    for model in json.loads((folder / "eval" / "eval.json").read_text())["models"]:
+        found[f"evaluation of {model['name']}"] = model["tasks"]
+    for weights in sorted((folder / "model").glob("*.safetensors")):
+        found[f"model {weights.name}"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return found
+
+
+def main(folder: Path, result_file: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    result = environment()
+    result["stages_s"] = left_alone(folder / "alone")
+    result["killed_after_s"] = killed(folder / "killed", result["stages_s"], random.Random(1))
+    alone, after = numbers(folder / "alone"), numbers(folder / "killed")
+    different = sorted(key for key in alone.keys() | after.keys() if alone.get(key) != after.get(key))
+    result |= {"compared": len(alone), "different": different}
+    replace_file(result_file, (json.dumps(result, indent=1) + "\n").encode())
+    print(f"{len(alone)} results compared, {len(different)} differ: {different[:10]}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
