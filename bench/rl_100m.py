@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rl_100m_recipes import fine_tuning, practice
 from rl_step import engine_samples, mean_mismatch
 
-from infir2.config import RlConfig, SftConfig
 from infir2.data.tokenizer import load_tokenizer, train_tokenizer
 from infir2.data.worked_solutions import Split, WorkedExample, worked_examples
 from infir2.durable import replace_file
@@ -127,86 +127,6 @@ def questions(kinds: Sequence[tuple[str, int]], count: int, seed: int, split: Sp
     """About ``count`` questions of some kinds, equally many of each."""
     each = -(-count // len(kinds))
     return [e for family, stage in kinds for e in worked_examples(stage, each, seed, split, (family,))]
-
-
-def fine_tuning(options: argparse.Namespace) -> SftConfig:
-    out = options.out
-    table: dict[str, Any] = {
-        "run": str(out / "sft"),
-        "model": {"preset": options.preset, "dtype": options.dtype},
-        "fp8": {"recipe": "blockwise", "health_every": 0},
-        "data": {
-            "train": str(out / "lessons.jsonl"),
-            "tokenizer": str(out / "tokenizer"),
-            "max_length": 512,
-            "max_tokens_per_gpu": options.batch_tokens,
-        },
-        "optim": {
-            "lr": options.sft_lr,
-            "min_lr": options.sft_lr / 20,
-            "schedule": "cosine",
-            "warmup_fraction": 0.05,
-            "betas": (0.9, 0.98),
-            "weight_decay": 0.01,
-        },
-        "train": {
-            "epochs": options.epochs,
-            "global_batch": options.sft_batch,
-            "seed": options.seed,
-            "eval_every": 200,
-            "eval_sequences": 256,
-            "save_every": 0,
-        },
-        "log": {"tensorboard": False, "every": 10},
-    }
-    return SftConfig.model_validate(table)
-
-
-def practice(options: argparse.Namespace, precision: str, start: Path, run: Path) -> RlConfig:
-    out = options.out
-    longest = 64 + options.new_tokens
-    at_once = min(1024, max(options.prompts * options.samples, 64))
-    table: dict[str, Any] = {
-        "run": str(run),
-        "init": {"checkpoint": str(start)},
-        "model": {"dtype": options.dtype},
-        "fp8": {"recipe": precision, "health_every": 0},
-        "data": {
-            "train": str(out / "practice.jsonl"),
-            "validation": str(out / "exam.jsonl"),
-            "max_prompt_tokens": 64,
-            "max_tokens_per_gpu": options.batch_tokens,
-        },
-        "rollout": {
-            "prompts": options.prompts,
-            "samples": options.samples,
-            "max_new_tokens": options.new_tokens,
-            "temperature": 1.0,
-            "oversample": 1,  # groups without spread are left out, not replaced: a step takes the time of one rollout
-            "cache_tokens": longest * at_once + 4096,
-            "max_sequences": at_once,
-            "max_batch_tokens": max(8192, at_once),
-        },
-        "reward": {"kind": "reasoning_gym"},
-        "eval": {"samples": 1, "temperature": 1.0},
-        "optim": {
-            "lr": options.lr,
-            "schedule": "wsd",
-            "warmup_steps": min(5, options.steps),
-            "betas": (0.9, 0.98),
-            "weight_decay": 0.0,
-        },
-        "train": {
-            "steps": options.steps,
-            "global_batch": options.prompts * options.samples,
-            "seed": options.seed,
-            "eval_every": options.eval_every,
-            "eval_sequences": options.questions,
-            "save_every": 0,
-        },
-        "log": {"tensorboard": False},
-    }
-    return RlConfig.model_validate(table)
 
 
 @dataclass(frozen=True)

@@ -79,10 +79,10 @@ def refresh_weights(model: nn.Module) -> None:
 def _reason_to_keep(name: str, linear: nn.Linear, recipe: Recipe | None, keep: dict[str, str]) -> str | None:
     if recipe is None:
         return "the bf16 recipe converts nothing"
-    if name.rpartition(".")[2] == "lm_head":
-        return "the output head stays in bf16"
     for prefix, reason in keep.items():
         if f"{name}.".startswith(prefix):
             return reason
+    if name.rpartition(".")[2] == "lm_head":
+        return "the output head stays in bf16"
     shape = unsupported_reason(linear.out_features, linear.in_features)
     return f"shape: {shape}" if shape else None

@@ -2,7 +2,8 @@
 
 ``fuse`` puts them into a model that ``infir2.fp8.convert`` has converted. Parameters and names stay where they are; the
 forward pass writes FP8 codes instead of the normalised input and of silu(gate) * up, and multiplies q/k/v and gate/up
-each in one GEMM. The numerics are those of the single layers: the same codes go into the same GEMMs.
+each in one GEMM. The numerics are those of the single layers, the same codes in the same GEMMs, but for SwiGLU: here it
+and its gradient go from float32 to codes without a rounding to the compute dtype between.
 """
 
 from typing import Any, Literal
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from infir2.fp8.group import LinearGroup
-from infir2.fp8.linear import Fp8Linear, pad_tokens, weight_gradient
+from infir2.fp8.linear import Fp8Linear, weight_gradient
 from infir2.fp8.recipe import Recipe
 from infir2.fp8.tensor import Operand
-from infir2.kernels.matmul import scaled_mm
+from infir2.kernels.matmul import pad_tokens, scaled_mm
 from infir2.kernels.norm import norm_quantize, rms_norm, rms_norm_backward
 from infir2.kernels.reference import BLOCK
 from infir2.kernels.rows import quantize_rows

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from infir2.fp8.recipe import Recipe
 from infir2.fp8.tensor import Operand, Saved, quantize_twice_used, transposed_operand
-from infir2.kernels.reference import BLOCK
+from infir2.kernels.matmul import pad_tokens
 from infir2.kernels.rows import quantize_rows
 
 
@@ -155,9 +155,3 @@ def _quantized(x: Tensor, recipe: Recipe) -> Operand:
         codes, scale, _ = quantize_rows(x, False)
         return Operand(codes, scale, recipe.x)
     return Operand.quantize(x, recipe.x, recipe.scale_format)
-
-
-def pad_tokens(x: Tensor) -> Tensor:
-    """The hardware GEMM wants whole 128-token blocks: append zero rows, which add nothing to any product."""
-    missing = -x.shape[0] % BLOCK if x.is_cuda else 0
-    return nn.functional.pad(x, (0, 0, 0, missing)) if missing else x

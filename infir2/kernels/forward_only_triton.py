@@ -74,7 +74,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ``norm.rms_norm``."""
     cols = x.shape[-1]
     # Two strides are enough for heads that lie in the rows of a wider matrix.
-    wide = x.flatten(0, -3) if x.dim() > 2 else x.unsqueeze(0)
+    wide = x.flatten(0, -3) if x.dim() > 2 else x.view(1, -1, cols)
     wide = wide if wide.stride(-1) == 1 else wide.contiguous()
     outer, inner = wide.shape[0], wide.shape[1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

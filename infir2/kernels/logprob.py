@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infir2.kernels.matmul import scaled_mm
+from infir2.kernels.matmul import pad_tokens, scaled_mm
 from infir2.kernels.quantize import quantize
 from infir2.kernels.reference import BLOCK
 from infir2.kernels.rows import encode_rows, quantize_rows
@@ -85,19 +85,13 @@ class _Fp8Head:
         self.transposed = transpose_operand(self.codes, self.scale, "block") if backward else None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        codes, scale, _ = quantize_rows(_whole_tiles(hidden), False)
+        codes, scale, _ = quantize_rows(pad_tokens(hidden), False)
         return scaled_mm(codes, scale, "tile", self.codes, self.scale, "block", hidden.dtype)[: len(hidden)]
 
     def input_gradient(self, grad: Tensor, codes: Codes | None, out: Tensor) -> None:
         assert codes is not None
         assert self.transposed is not None
         out.copy_(scaled_mm(*codes, "tile", *self.transposed, "block", out.dtype)[: len(out)])
-
-
-def _whole_tiles(x: Tensor) -> Tensor:
-    """With zero rows behind it, where the hardware's FP8 GEMM needs them."""
-    missing = -len(x) % BLOCK if x.is_cuda else 0
-    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 def softmax_gradient_(

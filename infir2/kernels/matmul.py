@@ -21,11 +21,10 @@ _CUBLAS_PAIRS = {
     ("tensor", "tensor"): ("TensorWise", "TensorWise"),
 }
 
-
+# Up to so many rows, and with fewer 128 x 128 output tiles than this, the Triton kernel of few rows is faster than
+# cuBLAS, which then leaves half of the multiprocessors without work.
 _FEW_ROWS = 256
 _FEW_TILES = 64
-"""Up to so many rows, and fewer 128 x 128 output tiles than this, the Triton kernel of few rows is faster than cuBLAS:
-cuBLAS then leaves half of the multiprocessors without work."""
 
 
 def describe_backend(device: torch.device) -> tuple[str, str]:
@@ -45,6 +44,12 @@ def native_dtype(a: Tensor, a_granularity: str, out_dtype: torch.dtype) -> torch
     """What ``scaled_mm`` should be asked for where ``out_dtype`` is wanted: with channel scales cuBLAS writes only
     bfloat16."""
     return torch.bfloat16 if a.is_cuda and a_granularity == "channel" else out_dtype
+
+
+def pad_tokens(x: Tensor) -> Tensor:
+    """The hardware GEMM wants whole 128-token blocks: append zero rows, which add nothing to any product."""
+    missing = -x.shape[0] % BLOCK if x.is_cuda else 0
+    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 def unsupported_reason(rows: int, contraction: int) -> str | None:
@@ -77,7 +82,8 @@ def scaled_mm(
     b_granularity: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """a @ b.T: codes [M, K] and [N, K] with their scales -> [M, N] in ``out_dtype`` (bfloat16 or float32).
+    """a @ b.T: codes [M, K] and [N, K] with their scales -> [M, N] in ``out_dtype`` (bfloat16 or float32, as
+    ``native_dtype`` allows).
 
     Sums are float32. Scales as made by ``infir2.kernels.quantize``.
     """
@@ -123,8 +129,10 @@ def _right_scale(scale: Tensor, granularity: str) -> Tensor:
     if granularity == "block":
         rows, missing = scale.shape[0], -scale.shape[1] % 4
         padded = scale.shape[1] + missing
-        if missing and scale.untyped_storage().nbytes() < (scale.storage_offset() + rows * padded) * 4:
-            return torch.nn.functional.pad(scale, (0, missing)).T  # torch.compile's memory ends with the last scale
+        # Memory that torch.compile laid out may end with the last scale, or have no room between the rows.
+        dense = rows > 1 and scale.stride(0) != padded
+        if missing and (dense or scale.untyped_storage().nbytes() < (scale.storage_offset() + rows * padded) * 4):
+            return torch.nn.functional.pad(scale, (0, missing)).T
         return scale.as_strided((rows, padded), (padded, 1)).T
     if granularity == "channel":
         return scale.T

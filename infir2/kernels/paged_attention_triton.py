@@ -16,9 +16,8 @@ from infir2.kernels.quantize_triton import _scale_from_bits
 
 _PROGRAMS = 1024  # that decoding should have at least, so that the whole device reads
 _LOG2E = 1.4426950408889634
-# Shapes of the kernels: decoding; the same in half precision from an FP8 cache; prompts in half precision, in float32.
+# Shapes of the kernels: decoding; prompts in half precision, in float32.
 _DECODE = {"KEYS": 64, "num_warps": 4, "num_stages": 3}
-_DECODE_FP8 = {"KEYS": 64, "num_warps": 4, "num_stages": 3}
 _PROMPT = {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3}
 _PROMPT_WIDE = {"QUERIES": 32, "KEYS": 32, "num_warps": 4, "num_stages": 2}
 
@@ -218,7 +217,7 @@ def attend(q: Tensor, cache: PagedCache, layout: PagedLayout) -> Tensor:
 def _decode(q: Tensor, cache: PagedCache, layout: PagedLayout, out: Tensor) -> None:
     sequences, heads, head_dim = q.shape
     block_size, kv_heads = cache.keys.shape[1:3]
-    group, fp8 = heads // kv_heads, cache.key_scale is not None
+    group = heads // kv_heads
     parts = min(32, triton.next_power_of_2(triton.cdiv(_PROGRAMS, sequences * kv_heads)))
     mixed, lse = out, out  # one part is the whole
     if parts > 1:
@@ -228,7 +227,7 @@ def _decode(q: Tensor, cache: PagedCache, layout: PagedLayout, out: Tensor) -> N
         q, *_pools(cache), layout.block_tables, layout.context_lengths, mixed, lse,
         q.stride(0), layout.block_tables.stride(0), head_dim**-0.5 * _LOG2E,
         GROUP=group, LANES=max(16, triton.next_power_of_2(group)), KV_HEADS=kv_heads, HEAD=head_dim, BLOCK=block_size,
-        PARTS=parts, FP8=fp8, **(_DECODE_FP8 if fp8 and q.element_size() == 2 else _DECODE),
+        PARTS=parts, FP8=cache.key_scale is not None, **_DECODE,
     )  # fmt: skip
     if parts > 1:
         _join_kernel[(sequences * heads,)](mixed, lse, out, PARTS=parts, HEAD=head_dim, num_warps=1)

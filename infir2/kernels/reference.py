@@ -94,7 +94,7 @@ def _decoded(codes: Tensor) -> Tensor:
 
 
 def transpose_rows(codes: Tensor, scale: Tensor, amax: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
-    """The operand of the transpose of codes * scale (``tile``, ue8m0): exact but for what becomes subnormal.
+    """The operand of the transpose of codes * scale (``tile``, ue8m0): exact unless it gets subnormal or saturates.
 
     Its scales: ``tile``, those of its own blocks; ``channel``, those of the ``amax`` [any, cols] of the columns, which
     may be a little less than the codes say (they were rounded): the codes saturate then.

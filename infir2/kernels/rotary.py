@@ -12,7 +12,8 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     ``cos`` and ``sin`` are float32 [batch, length, head_dim / 2]; the result is float32, rounded once to the dtype of
     ``q`` and ``k``.
     """
-    if forward_only(q):
+    half = q.shape[-1] // 2
+    if forward_only(q) and half & (half - 1) == 0:  # the kernel takes powers of two
         from infir2.kernels import forward_only_triton
 
         return forward_only_triton.rotate(q, k, cos, sin)

@@ -2,9 +2,9 @@
 
 The forward GEMM (or the input gradient's) contracts along the rows. The weight gradient contracts along the tokens and
 needs the transpose: ``transpose_rows`` (in ``transpose``) makes it from the codes, not from the matrix. A power of two
-moves an e4m3 number to another scale exactly unless it becomes subnormal there, so nothing is rounded twice, half the
-bytes are read, and only codes have to be kept for the backward pass. The weight gradient then multiplies what the
-forward pass multiplied.
+moves an e4m3 number to another scale exactly unless it becomes subnormal there, or was rounded beyond 448 times a
+channel's scale. So next to nothing is rounded twice, half the bytes are read, and only codes have to be kept for the
+backward pass. The weight gradient then multiplies what the forward pass multiplied.
 
 ``amax`` of row codes [AMAX_PARTS, cols] float32 holds what one scale a channel needs: the maximum of its rows is the
 largest |x| of every column before it was quantised, NaN where a block of the column is not finite. It is taken in the

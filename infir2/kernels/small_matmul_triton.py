@@ -74,7 +74,7 @@ def _parts_kernel(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _join_kernel(sums_ptr, out_ptr, size, parts, EACH: tl.constexpr):
+def _add_parts_kernel(sums_ptr, out_ptr, size, parts, EACH: tl.constexpr):
     """out [size] = the sum of sums [parts, size]."""
     gdc_wait()  # it starts before the sums are there, to be ready when they are
     i = tl.program_id(0) * EACH + tl.arange(0, EACH)
@@ -110,4 +110,4 @@ def scaled_mm(
 def _join(sums: Tensor, out: Tensor) -> None:
     each = 1024
     options: dict[str, Any] = {"num_warps": 4, "launch_pdl": True}
-    _join_kernel[(triton.cdiv(out.numel(), each),)](sums, out, out.numel(), sums.shape[0], EACH=each, **options)
+    _add_parts_kernel[(triton.cdiv(out.numel(), each),)](sums, out, out.numel(), sums.shape[0], EACH=each, **options)

@@ -109,7 +109,7 @@ def _grid(rows: int, cols: int) -> tuple[int, int]:
 def _words(codes_t: Tensor) -> Tensor:
     """The memory of ``codes_t`` as 32-bit words; wider memory of its own where its rows are not whole words."""
     cols, rows = codes_t.shape
-    if rows % 4 == 0:
+    if rows and rows % 4 == 0:
         return codes_t.view(torch.int32)
     return torch.empty(cols, -(-rows // 4), dtype=torch.int32, device=codes_t.device)
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Joined:
-    """Weights of several linears in one tensor, in the compute dtype."""
+    """Weights of several linears in one tensor, and their biases in another, in the compute dtype."""
 
     weight: Tensor
     bias: Tensor | None
     sizes: tuple[int, ...]
     owned: bool
-    """Whether the weight holds the parameters themselves and not copies of them."""
+    """Whether weight and bias hold the parameters themselves and not copies of them."""
 
     def serves(self, first: "Linear", dtype: torch.dtype) -> bool:
         """Whether it is in ``dtype`` and the parameters, if it holds them, have not been put elsewhere since."""
@@ -67,8 +67,10 @@ def join(linears: Sequence[nn.Module], dtype: torch.dtype) -> None:
     ``dtype`` are moved there, which costs no memory. Trained ones stay where they are: a copy would double them.
     """
     plain = [linear for linear in linears if type(linear) is Linear]
-    owned = all(linear.weight.dtype == dtype for linear in plain)
-    if len(plain) < len(linears) or (owned and any(linear.weight.requires_grad for linear in plain)):
+    parameters = [parameter for linear in plain for parameter in linear.parameters()]
+    owned = all(parameter.dtype == dtype for parameter in parameters)
+    mixed = not owned and any(parameter.dtype == dtype for parameter in parameters)
+    if len(plain) < len(linears) or mixed or (owned and any(parameter.requires_grad for parameter in parameters)):
         return
     first = plain[0]
     if first.joined is None or not first.joined.serves(first, dtype) or first.joined.owned != owned:
@@ -86,7 +88,10 @@ def join(linears: Sequence[nn.Module], dtype: torch.dtype) -> None:
                 linear.cast = rows
     if first.joined.bias is not None:
         for linear, rows in zip(plain, first.joined.bias.split(first.joined.sizes), strict=True):
-            rows.copy_(linear.bias)
+            if owned:
+                linear.bias.data = rows
+            else:
+                rows.copy_(linear.bias)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from collections.abc import Sequence as List
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -272,6 +273,11 @@ class Engine:
         if self._next_version is not None:
             raise RuntimeError("the weights are being updated: end the update first")
 
+    def _require_finite(self, raw_logprobs: Iterable[float]) -> None:
+        """To be asked for all sequences before any of them is changed."""
+        if not all(map(math.isfinite, raw_logprobs)):
+            raise FloatingPointError(f"the model's logits are not finite (weight version {self._version})")
+
     def _check(self, request: Request, request_id: str) -> None:
         prompt, params, vocabulary = request.prompt_ids, request.params, self.model.config.vocab_size
         longest = len(prompt) + params.max_new_tokens
@@ -308,8 +314,7 @@ class Engine:
             sampled = sample(logits, batch)
             top = most_likely(logits, [sequence.params.top_logprobs for sequence in sampling])
             columns = [sampled.tokens.tolist(), sampled.logprobs.tolist(), sampled.raw_logprobs.tolist(), top]
-            if not all(map(math.isfinite, columns[2])):  # before anything is changed
-                raise FloatingPointError(f"the model's logits are not finite (weight version {self._version})")
+            self._require_finite(columns[2])
         self._scheduler.advance(chunks)
         self._computed += sum(chunk.length for chunk in chunks)
         events = []
@@ -329,6 +334,7 @@ class Engine:
     def _decode(self, chunks: list[Chunk], rounds: int) -> list[TokenEvent]:
         sequences = [chunk.sequence for chunk in chunks]
         made = self._decoder.run(sequences, rounds)
+        self._require_finite(chain.from_iterable(made.raw_logprobs))
         self._computed += rounds * len(sequences)
         events = []
         for chunk, tokens, logprobs, raw in zip(chunks, made.tokens, made.logprobs, made.raw_logprobs):
@@ -353,8 +359,6 @@ class Engine:
                     tokens, reason = tokens[:count], "stop"
                     break
         count = len(tokens)
-        if not all(map(math.isfinite, raw[:count])):
-            raise FloatingPointError(f"the model's logits are not finite (weight version {self._version})")
         sequence.tokens += tokens
         sequence.logprobs += logprobs[:count]
         sequence.raw_logprobs += raw[:count]

@@ -37,11 +37,17 @@ class PagedAttention:
 
 
 class Runner:
-    """Holds the key-value cache of every layer and runs the model. Raises ValueError for sharded weights."""
+    """Holds the key-value cache of every layer and runs the model.
+
+    Raises ValueError for sharded weights, and on a GPU for heads whose size is no power of two.
+    """
 
     def __init__(self, model: CausalLM, num_blocks: int, block_size: int, fp8_cache: bool) -> None:
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             raise ValueError("the weights are sharded over devices; the embedded engine needs whole ones")
+        head_dim = model.config.head_dim
+        if model.lm_head.weight.is_cuda and head_dim & (head_dim - 1):
+            raise ValueError(f"head_dim {head_dim}: on a GPU the engine's attention takes powers of two only")
         self.model, self.num_blocks, self.block_size = model, num_blocks, block_size
         self.cache_dtype = FP8 if fp8_cache else model.model.compute_dtype
         self.caches: list[PagedCache] = []

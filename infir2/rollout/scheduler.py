@@ -175,6 +175,7 @@ class Scheduler:
 
     def _drop(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.blocks)
+        # Another list: the decoder takes for granted that the same one only grows.
         sequence.blocks, sequence.computed, sequence.registered = [], 0, 0
 
 

@@ -1,6 +1,7 @@
 """`infir2 bench decode`: how fast the rollout engine reads prompts and makes tokens, with random weights."""
 
 import argparse
+import dataclasses
 import time
 from typing import Any, cast
 
@@ -119,8 +120,9 @@ def _wait(device: torch.device) -> None:
 def _model(name: str, device: torch.device, args: argparse.Namespace) -> CausalLM:
     if "/" in name:
         raise UserError(f"--precisions {name}: generating keeps nothing for a backward pass; give {name.split('/')[0]}")
+    config = preset(args.model)
     with torch.device("meta"):
-        model = CausalLM(preset(args.model))
+        model = CausalLM(dataclasses.replace(config, num_hidden_layers=args.layers or config.num_hidden_layers))
     model.to(torch.bfloat16)
     convert(model, recipe_named(name))
     model.to_empty(device=device)

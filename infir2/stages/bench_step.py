@@ -37,7 +37,7 @@ _FAMILIES = (
     ("norm, rotary, SwiGLU (and quantise)", r"_norm_kernel|_swiglu|_silu_mul|_rotate_kernel"),
     ("sampling", r"_sums_kernel|_draw_kernel"),
     ("cross-entropy", r"_softmax_gradient"),
-    ("gemm fp8", r"nvjet_sm\d+_qq|e4m3|fp8|f8"),
+    ("gemm fp8", r"nvjet_sm\d+_qq|e4m3|fp8|f8|_parts_kernel"),
     ("gemm bf16", r"gemm|nvjet|cutlass|sm90_xmma|matmul"),
     ("optimiser", r"adam"),
     ("elementwise", r""),

@@ -112,6 +112,7 @@ def variant(config: CptConfig, precision: str, seed: int) -> CptConfig:
     """The recipe in one precision, with one seed, in a folder of its own."""
     table: dict[str, Any] = config.model_dump()
     table["fp8"]["recipe"] = precision
+    table["fp8"]["head"] &= precision != "bf16"  # which has no FP8 head
     table["train"]["seed"] = seed
     table["run"] = str(Path(config.run) / f"{precision}-seed{seed}")
     return CptConfig.model_validate(table)

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from infir2.config import TrainingConfig, to_toml
-from infir2.fp8.convert import convert, keep_outer_layers
-from infir2.fp8.recipe import recipe_named
 from infir2.model.config import ModelConfig
 from infir2.model.transformer import CausalLM
+from infir2.stages.training import convert_as
 
 GIB = 2.0**30
 
@@ -28,9 +27,7 @@ def describe_run(config: TrainingConfig, architecture: ModelConfig, world_size: 
     """Text for people."""
     with torch.device("meta"):
         model = CausalLM(architecture)
-    fp8 = config.fp8
-    keep = keep_outer_layers(architecture.num_hidden_layers, fp8.bf16_first_layers, fp8.bf16_last_layers)
-    report = convert(model, recipe_named(fp8.recipe, fp8.scale_format), keep, fp8.mlp_activations)
+    report = convert_as(model, config.fp8)
     parts = memory_estimate(config, architecture, world_size, work.micro_batch_tokens)
     lines = [
         to_toml(config),

@@ -13,11 +13,12 @@ import torch
 from infir2.checkpoint.huggingface import load_into, read_config
 from infir2.checkpoint.state import model_state, optimizer_state
 from infir2.checkpoint.store import CheckpointStore, peek_meta, read_meta
-from infir2.config import TrainingConfig, TrainSection
+from infir2.config import Fp8Section, TrainingConfig, TrainSection
 from infir2.data.tokenizer import has_tokenizer
-from infir2.errors import CheckpointError
+from infir2.errors import CheckpointError, ConfigError
 from infir2.fp8.convert import SwapReport, convert, keep_outer_layers, refresh_weights
 from infir2.fp8.recipe import recipe_named
+from infir2.kernels.matmul import unsupported_reason
 from infir2.model.config import ModelConfig, from_hf
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
@@ -105,6 +106,16 @@ def model_config(config: TrainingConfig, vocab_size: int) -> ModelConfig:
     return dataclasses.replace(preset(section.preset or "", rows), initializer_range=section.init_std)
 
 
+def convert_as(model: CausalLM, fp8: Fp8Section) -> SwapReport:
+    """Convert the linear layers of a model as a recipe's fp8 section says."""
+    keep = keep_outer_layers(model.config.num_hidden_layers, fp8.bf16_first_layers, fp8.bf16_last_layers)
+    if fp8.head:
+        if reason := unsupported_reason(model.config.vocab_size, model.config.hidden_size):
+            raise ConfigError(f"fp8.head: the output head is not fit for FP8 GEMMs ({reason}); leave it off")
+        keep["lm_head."] = "fp8.head: the loss multiplies it in FP8, all else in bf16"
+    return convert(model, recipe_named(fp8.recipe, fp8.scale_format), keep, fp8.mlp_activations)
+
+
 def build_model(config: TrainingConfig, architecture: ModelConfig, world: World) -> tuple[CausalLM, SwapReport]:
     """The model of a recipe on this rank's device, converted, sharded and with its first weights.
 
@@ -114,9 +125,7 @@ def build_model(config: TrainingConfig, architecture: ModelConfig, world: World)
     with torch.device("meta"):
         model = CausalLM(architecture, dtype)
     names = [name for name, _ in model.named_parameters()]
-    fp8 = config.fp8
-    keep = keep_outer_layers(architecture.num_hidden_layers, fp8.bf16_first_layers, fp8.bf16_last_layers)
-    report = convert(model, recipe_named(fp8.recipe, fp8.scale_format), keep, fp8.mlp_activations)
+    report = convert_as(model, config.fp8)
     parallelize(
         model,
         model.model.layers,

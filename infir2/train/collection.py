@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _EVERY = 50  # steps between two collections
+_OF_ALL_EVERY = 1000  # steps between two that also look at what has survived one: else its garbage would pile up
 
 
 @contextmanager
@@ -19,8 +20,10 @@ def collecting_between_steps() -> Iterator[Callable[[int], None]]:
     gc.disable()
 
     def after(step: int) -> None:
-        if step % _EVERY == 0:
-            gc.collect(1)  # what is young: what has survived several collections is not likely to be garbage
+        if step % _OF_ALL_EVERY == 0:
+            gc.collect()
+        elif step % _EVERY == 0:
+            gc.collect(1)  # only what is young: milliseconds
 
     try:
         yield after

@@ -45,7 +45,7 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(12, 2, 128), (28, 4, 128), (3, 1, 64)])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(12, 2, 128), (28, 4, 128), (3, 1, 64), (6, 2, 48)])
 @torch.no_grad()
 def test_heads_in_the_rows_of_one_matrix(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     """As the joined projections leave them: no copy is made, and each is turned and normalised in its own place."""

@@ -75,6 +75,7 @@ def test_mistakes_on_the_command_line(recipe: Path, words: list[str], message: s
         (RECIPE.replace("steps = 10", 'steps = "ten"'), "train.steps: input should be a valid integer"),
         (RECIPE + "[train]\n", "not valid TOML"),
         (RECIPE.replace("lr = 1e-4", ""), "optim.lr: this key is required"),
+        (RECIPE + '[fp8]\nrecipe = "bf16"\nhead = true\n', "fp8.head: the recipe bf16 has no FP8 head"),
     ],
 )
 def test_mistakes_in_the_file_name_file_and_key(tmp_path: Path, text: str, message: str) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from infir2.fp8 import group as group_module
 from infir2.fp8.convert import convert, refresh_weights
 from infir2.fp8.fused import MlpActivations
 from infir2.fp8.health import measure
@@ -212,3 +213,24 @@ def test_a_nan_stays_a_fault_in_the_transpose() -> None:
     for granularity in ("tile", "channel"):
         decoded = reference.dequantize(*transpose_rows(codes, scale, amax, granularity), granularity)
         assert decoded[:, 3].isnan().all()
+
+
+def test_joined_biases_follow_their_parameters_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph may have recorded where they lie, as it may have the codes."""
+    model = build("blockwise", fused=True)
+    group = model.model.layers[0].self_attn.fused_projections.group
+    ids, positions = torch.arange(TOKENS)[None], torch.arange(TOKENS)[None]
+
+    def logits(joined: bool) -> Tensor:
+        with torch.no_grad(), monkeypatch.context() as patch:
+            patch.setattr(group_module, "forward_only", lambda x: joined)
+            return model(ids, positions, causal_attention)
+
+    torch.testing.assert_close(logits(True), logits(False))
+    place = group._bias.data_ptr()
+    with torch.no_grad():
+        for linear in group.linears:
+            linear.bias.add_(1.0)
+    refresh_weights(model)
+    torch.testing.assert_close(logits(True), logits(False))
+    assert group._bias.data_ptr() == place

@@ -9,6 +9,8 @@ from infir2.fp8.health import measure
 from infir2.fp8.linear import Fp8Linear
 from infir2.fp8.recipe import RECIPE_NAMES, recipe_named
 from infir2.kernels import reference
+from infir2.kernels.matmul import _right_scale
+from infir2.kernels.operand import with_layout
 
 FP8_RECIPES = [name for name in RECIPE_NAMES if name != "bf16"]
 
@@ -144,3 +146,17 @@ def test_health_counts_underflow_and_noise() -> None:
 def test_unknown_recipe_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown FP8 recipe 'block'"):
         recipe_named("block")
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (1, 5), (3, 8)])
+def test_block_scales_reach_the_gemm_padded_however_they_lie(shape: tuple[int, int]) -> None:
+    """torch.compile may lay them out without room behind every row, inside or at the end of longer memory."""
+    scale = torch.rand(shape)
+    rows, cols = shape
+    pool = torch.full((rows * 8 + 16,), torch.nan)
+    inside = pool[: rows * cols].view(shape).copy_(scale)
+    for laid_out in (with_layout(scale, "block"), scale.clone(), *([inside] if rows > 1 else [])):
+        padded = _right_scale(laid_out, "block")
+        assert padded.shape == (8, rows)
+        assert torch.equal(padded[:cols], scale.T)
+        assert not padded[cols:].any()

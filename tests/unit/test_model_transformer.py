@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from infir2.kernels import rotary
 from infir2.model.attention import causal_attention
 from infir2.model.config import Llama3RopeScaling, ModelConfig
 from infir2.model.presets import preset
@@ -299,3 +300,42 @@ def test_weights_that_are_trained_in_the_compute_dtype_stay_alone() -> None:
     model.cast_weights()
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     assert all(linear.joined is None and linear.cast is None for linear in linears)
+
+
+def test_frozen_parameters_may_change_without_being_joined_again() -> None:
+    """Loading other weights writes into the joined memory, biases included: nobody can meet an old one."""
+    model, other = (CausalLM(FAMILIES["llama3-bias"], torch.float32).requires_grad_(False) for _ in range(2))
+    for seed, each in enumerate((model, other)):
+        each.init_weights(seed)
+        for module in each.modules():
+            if isinstance(module, Linear) and module.bias is not None:
+                module.bias.normal_()
+    model.cast_weights()
+    assert model.model.layers[0].self_attn.q_proj.joined.bias is not None
+    model.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model(*inputs(), causal_attention), other(*inputs(), causal_attention))
+
+
+def test_parameters_of_two_dtypes_are_not_joined() -> None:
+    model = CausalLM(FAMILIES["llama3-bias"], torch.bfloat16).requires_grad_(False)
+    model.init_weights(0)
+    attention = model.model.layers[0].self_attn
+    attention.k_proj.to(torch.bfloat16)  # its weight would get a copy that nothing refreshes
+    model.cast_weights()
+    assert attention.q_proj.joined is None
+    assert attention.k_proj.cast is None
+    with torch.no_grad():
+        before = model(*inputs(), causal_attention)
+        attention.k_proj.weight.mul_(3.0)
+        model.cast_weights()
+        assert not torch.equal(model(*inputs(), causal_attention), before)
+
+
+def test_heads_that_the_kernel_cannot_turn_go_to_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = torch.randn(2, 5, 4, 24), torch.randn(2, 5, 2, 24)
+    angles = torch.randn(2, 5, 12)
+    expected = rotary.rotate(q, k, angles.cos(), angles.sin())
+    monkeypatch.setattr(rotary, "forward_only", lambda x: True)
+    for got, turned in zip(rotary.rotate(q, k, angles.cos(), angles.sin()), expected, strict=True):
+        assert torch.equal(got, turned)

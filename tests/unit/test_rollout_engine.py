@@ -567,6 +567,24 @@ def test_weights_that_are_not_finite_are_noticed() -> None:
     assert_nothing_is_held(engine)
 
 
+def test_of_rounds_with_a_number_that_is_not_finite_no_token_is_kept() -> None:
+    """One sequence of two meets a broken embedding while several rounds run without the host."""
+    model = make_model()
+    engine = Engine(model, options=EngineOptions(decode_rounds=4))
+    taken = [
+        engine.add_request(Request((1, 2, 3 + i), SamplingParams(max_new_tokens=9, ignore_eos=True))) for i in (0, 1)
+    ]
+    engine.step()
+    sequences = [engine._unfinished[request][0] for request in taken]
+    before = [list(sequence.tokens) for sequence in sequences]
+    assert before[0][-1] != before[1][-1]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[before[1][-1]] = torch.nan
+    with pytest.raises(FloatingPointError):
+        engine.step()
+    assert [sequence.tokens for sequence in sequences] == before
+
+
 def test_checksums_tell_weights_apart() -> None:
     model = make_model(FP8_ARCHITECTURE)
     plain = Engine(model).checksum()

@@ -72,6 +72,21 @@ def test_variants_differ_in_precision_seed_and_folder_alone() -> None:
     assert one.optim == other.optim
 
 
+def test_an_fp8_head_is_compared_with_a_bf16_one() -> None:
+    config = CptConfig.model_validate(
+        {
+            "run": "runs/x",
+            "model": {"preset": "tiny"},
+            "fp8": {"recipe": "hybrid", "head": True},
+            "data": {"seq_len": 8, "sources": {"a": 1}},
+            "optim": {"lr": 1e-3},
+            "train": {"steps": 2, "global_batch": 1},
+        }
+    )
+    assert not variant(config, "bf16", 3).fp8.head
+    assert variant(config, "blockwise", 3).fp8.head
+
+
 def test_an_unfinished_run_leaves_its_pair_out(tmp_path: Path) -> None:
     for name, seed, last, loss in (("bf16", 1, 4, 2.0), ("fp8", 1, 4, 2.2), ("bf16", 2, 4, 2.0), ("fp8", 2, 3, 9.0)):
         run = tmp_path / f"{name}-seed{seed}"

@@ -113,6 +113,20 @@ def test_the_run_folder(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> N
     assert (run / "metrics.jsonl").read_bytes().startswith(before)
 
 
+def test_an_fp8_head_trains_and_changes_held_out_losses_in_no_other_way(recipe: Recipe) -> None:
+    settings = {"train.steps": 1, "train.eval_every": 1, "optim.warmup_steps": 0, "optim.decay_steps": 0}
+    settings |= {"model.dtype": "bfloat16", "optim.lr": 1e-12}  # the weights stay as they are
+    plain, plain_run = recipe("plain", **settings)
+    path, run = recipe("head", **settings, **{"fp8.head": True})
+    assert cpt(plain) == cpt(path) == 0
+    before, after = metrics_lines(plain_run)[0], metrics_lines(run)[0]
+    assert 0 < abs(after["loss"] - before["loss"]) < 2e-3 * before["loss"]
+    assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=0.05)
+    assert metrics_lines(run, "eval")[0]["eval_loss"] == metrics_lines(plain_run, "eval")[0]["eval_loss"]
+    kept = json.loads((run / "run.json").read_text())["fp8"]["kept"]
+    assert kept == {"lm_head": "fp8.head: the loss multiplies it in FP8, all else in bf16"}
+
+
 def test_profile_writes_a_trace(recipe: Recipe) -> None:
     path, run = recipe()
     assert cpt(path, "--profile") == 0

@@ -215,6 +215,7 @@ def test_dry_run_reads_the_prompts_and_writes_nothing(recipe: Recipe, capsys: py
         ({"rollout.max_new_tokens": 300}, r"rollout.max_new_tokens \(348\) exceed data.max_tokens_per_gpu \(256\)"),
         ({"rollout.prompts": 80, "train.global_batch": 640}, "40 prompts are fewer than the 80 of one rollout"),
         ({"reward.kind": "choice"}, "bad_label"),
+        ({"fp8.recipe": "blockwise", "fp8.head": True}, "fp8.head: the engine's log-probabilities come from a bf16"),
         ({"data.train": "nowhere.jsonl"}, "data.train: nowhere.jsonl: no such file or folder"),
         ({"rollout.temprature": 1}, "rollout.temprature: unknown key. Did you mean 'temperature'"),
     ],
