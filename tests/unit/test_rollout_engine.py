@@ -569,7 +569,7 @@ def test_weights_that_are_not_finite_are_noticed() -> None:
 
 def test_of_rounds_with_a_number_that_is_not_finite_no_token_is_kept() -> None:
     """One sequence of two meets a broken embedding while several rounds run without the host."""
-    model = make_model()
+    model = make_model(dataclasses.replace(ARCHITECTURE, tie_word_embeddings=False))
     engine = Engine(model, options=EngineOptions(decode_rounds=4))
     taken = [
         engine.add_request(Request((1, 2, 3 + i), SamplingParams(max_new_tokens=9, ignore_eos=True))) for i in (0, 1)
