@@ -1,180 +1,291 @@
-"""Does two-stage reinforcement learning raise a tiny model's reward, in FP8 as without? On a laptop CPU, in minutes.
+"""Does two-stage reinforcement learning make a tiny model better, in FP8 as in BF16? On one core of a CPU, in minutes.
 
-    python bench/rl_tiny.py --out runs/rl_tiny_bench --seeds 1 2 3 --json bench/results/FILE.json
+    OMP_NUM_THREADS=1 python bench/rl_tiny.py runs/rl_tiny_bench --json bench/results/rl_tiny_cpu.json
 
-Fine-tunes a model of 0.9 million parameters on worked examples (`infir2 sft`), then trains it from there through
-`infir2 rl`'s two stages, for every seed with and without FP8; the seed decides prompts and samples. Held-out reward is
-the mean over held-out questions, 4 samples each, at temperature 1. Finished stages are not repeated, unfinished ones
-resume.
+The shipped recipes, for every seed: a model of half a million parameters is pre-trained on worked sums (the base),
+fine-tuned in two stages, the second one short, and trained on by reinforcement learning in two stages, on easy sums
+(recipes/rl_tiny_stage1.toml) and with harder ones among them (_stage2.toml), in each precision from the same fine-tuned
+model. The seed decides weights, data order, prompts and samples. After pre-training, fine-tuning and each stage the
+same held-out questions of both kinds are asked, greedily and with several samples at temperature 1. Intervals are 95 %:
+of one run by question, paired; of the mean over seeds by Student's t. Finished stages are kept: the same command goes
+on where it was stopped.
 """
 
 import argparse
-import dataclasses
 import json
+import math
 import statistics
-from itertools import product
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from infir2.checkpoint.huggingface import write_folder
-from infir2.config import RlConfig, SftConfig
+from infir2 import cli
+from infir2.checkpoint.state import model_state
+from infir2.checkpoint.store import CheckpointStore
+from infir2.config import RlConfig, load
 from infir2.data import tokenizer as tok
 from infir2.data.worked_solutions import worked_examples
-from infir2.model.presets import PRESETS
-from infir2.model.transformer import CausalLM
+from infir2.fp8.convert import refresh_weights
 from infir2.parallel.runtime import World
+from infir2.reward.score import Scorer
+from infir2.reward.tasks import ReasoningGymScorer
+from infir2.rollout.engine import Engine
+from infir2.rollout.options import EngineOptions
+from infir2.rollout.records import Request, SamplingParams
 from infir2.stages.environment import environment
-from infir2.stages.rl import train_rl
-from infir2.stages.sft import train_sft
+from infir2.stages.sft import open_model
+from infir2.stages.training import build_model
 from infir2.train.metrics import read_metrics
 
-TAUGHT = ("spell_backward", "gcd", "letter_counting", "basic_arithmetic")
-FAMILIES = ("letter_counting", "gcd")
+RECIPES = Path(__file__).parents[1] / "recipes"
+FAMILIES = ("chain_sum",)
 WORLD = World(0, 1, torch.device("cpu"), None)
-PRECISIONS = {"bf16": "no FP8", "blockwise": "FP8"}
+KINDS = {"easy": 1, "harder": 2}
+"""Kind of questions -> stage of `infir2 examples`."""
+STAGES = ("base", "sft", "rl1", "rl2")
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Student's t for a two-sided 95 % interval of the mean of so many seeds."""
+
+Marks = dict[str, list[float]]
+"""Kind of questions (all: both) and way of sampling -> mean mark of each held-out question."""
 
 
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def infir2(*words: object) -> None:
+    """Run one command of the command line."""
+    code = cli.main([str(word) for word in words])
+    if code:
+        raise SystemExit(f"stopped with exit code {code}; run the same command to go on")
 
 
-def write_prompts(out: Path) -> None:
-    """Questions of both stages, to train on and held out."""
-    for stage in (1, 2):
-        for name, count, split in (("train", 1500, "train"), ("held_out", 96, "held_out")):
-            rows = [e.prompt_row() for e in worked_examples(stage, count, 7, split, FAMILIES)]
-            write_jsonl(out / f"{name}{stage}.jsonl", rows)
+def write_data(out: Path) -> None:
+    """Sums to pre-train on, to fine-tune on and to practise on."""
+    for name, stage, form, count, seed in (
+        ("worked", 1, "text", 3000, 7),
+        ("easy", 1, "messages", 3200, 1),
+        ("mixed/easy", 1, "messages", 800, 1),
+        ("mixed/harder", 2, "messages", 2400, 1),
+        ("practice1/easy", 1, "prompts", 1500, 2),
+        ("practice2/easy", 1, "prompts", 1500, 3),
+        ("practice2/harder", 2, "prompts", 1500, 2),
+    ):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        words = ("--stage", stage, "--form", form, "--count", count, "--seed", seed, "--families", *FAMILIES)
+        infir2("examples", out / f"{name}.jsonl", *words)
+    infir2("prepare", out / "worked.jsonl", "--out", out / "corpus", "--vocab-size", 512)
 
 
-def write_start(out: Path) -> None:
-    """Examples to fine-tune on, the tokenizer, and a Hugging Face folder with random weights."""
-    examples = [example.row() for example in worked_examples(1, 16_000, 1, families=TAUGHT)]
-    write_jsonl(out / "sft.jsonl", examples)
-    tok.train_tokenizer([m["content"] for row in examples for m in row["messages"]], 384, out / "tokenizer")
-    size = tok.vocabulary_size(tok.load_tokenizer(out / "tokenizer"))
-    architecture = dataclasses.replace(
-        PRESETS["tiny"],
-        hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-        head_dim=32, vocab_size=-(-size // 128) * 128, max_position_embeddings=1024, bos_token_id=None,
-        eos_token_ids=(), rope_theta=10_000.0,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = CausalLM(architecture)
-    write_folder(out / "start", architecture.to_hf(), model.initial_values(1), dtype=torch.float32)
-    tok.copy_tokenizer(out / "tokenizer", out / "start")
+def train(out: Path, command: str, recipe: str, run: str, start: str | None, *words: object) -> None:
+    """Run or resume one stage; finished ones return at once."""
+    source = () if start is None else ("--init.checkpoint", out / start)
+    infir2(command, RECIPES / f"{recipe}.toml", "--run", out / run, *source, "--log.tensorboard", "false", *words)
 
 
-def fine_tuning(out: Path) -> SftConfig:
-    table: dict[str, Any] = {
-        "run": str(out / "sft"),
-        "model": {"path": str(out / "start"), "dtype": "float32"},
-        "fp8": {"recipe": "bf16"},
-        "data": {"train": str(out / "sft.jsonl"), "max_length": 512, "max_tokens_per_gpu": 512},
-        "optim": {"lr": 2e-3, "min_lr": 1e-4, "schedule": "cosine", "warmup_fraction": 0.05, "weight_decay": 0.0},
-        "train": {"epochs": 1, "global_batch": 32, "eval_every": 0, "save_every": 100, "keep_checkpoints": 1},
-        "log": {"tensorboard": False, "every": 10},
-    }
-    return SftConfig.model_validate(table)
+def fine_tuned(out: Path, precision: str, seed: int) -> None:
+    """The base and the fine-tuned model of a seed."""
+    common = ("--fp8.recipe", precision, "--train.seed", seed)
+    sources = f'{{ "{out / "corpus"}" = 1.0 }}'
+    micro = ("--model.preset", "micro", "--model.init_std", 0.08, "--data.sources", sources, "--optim.lr", 3e-3)
+    train(out, "cpt", "cpt_tiny", f"seed{seed}/base", None, *micro, *common)
+    easy, mixed = out / "easy.jsonl", out / "mixed"
+    train(out, "sft", "sft_tiny_stage1", f"seed{seed}/sft1", f"seed{seed}/base", "--data.train", easy, *common)
+    train(out, "sft", "sft_tiny_stage2", f"seed{seed}/sft", f"seed{seed}/sft1", "--data.train", mixed, *common)
 
 
-def reinforcement(out: Path, precision: str, seed: int, stage: int, options: argparse.Namespace) -> RlConfig:
-    name = f"{precision}-seed{seed}-stage"
-    table: dict[str, Any] = {
-        "run": str(out / f"{name}{stage}"),
-        "init": {"checkpoint": str(options.start if stage == 1 else out / f"{name}1")},
-        "model": {"dtype": "float32"},
-        "fp8": {"recipe": precision, "health_every": 0},
-        "data": {
-            "train": str(out / f"train{stage}.jsonl"),
-            "validation": str(out / f"held_out{stage}.jsonl"),
-            "max_prompt_tokens": 200,
-            "max_tokens_per_gpu": 512,
-        },
-        "rollout": {
-            "prompts": options.prompts,
-            "samples": 8,
-            "max_new_tokens": (128, 256)[stage - 1],
-            "temperature": (1.0, 1.1)[stage - 1],
-            "oversample": options.oversample,
-            "cache_tokens": 65_536,
-            "max_sequences": 128,
-            "max_batch_tokens": 1024,
-        },
-        "reward": {"kind": "reasoning_gym", "workers": 1},
-        "eval": {"samples": 4, "temperature": 1.0},
-        "optim": {"lr": options.lr, "schedule": "constant", "betas": (0.9, 0.98)},
-        "train": {
-            "steps": options.steps,
-            "global_batch": 8 * options.prompts,
-            "seed": seed,
-            "eval_every": options.steps,
-            "eval_sequences": options.questions,
-            "save_every": 10,
-            "keep_checkpoints": 1,
-        },
-        "log": {"tensorboard": False},
-    }
-    return RlConfig.model_validate(table)
+def reinforced(out: Path, precision: str, seed: int, stage: int) -> str:
+    """One stage of reinforcement learning; returns the run's name."""
+    run = f"seed{seed}/{precision}/rl{stage}"
+    start = f"seed{seed}/sft" if stage == 1 else f"seed{seed}/{precision}/rl1"
+    # Held-out questions are asked by Exam, after every stage the same ones; so the run asks none.
+    practice = out / f"practice{stage}"
+    data = ("--data.train", practice, "--data.validation", practice, "--train.eval_every", 0)
+    words = ("--fp8.recipe", precision, "--train.seed", seed, "--reward.workers", 1, "--train.keep_checkpoints", 1)
+    train(out, "rl", f"rl_tiny_stage{stage}", run, start, *data, *words)
+    return run
 
 
-def result_of(run: Path) -> dict[str, Any]:
-    """What a stage did, from its metrics."""
-    lines = read_metrics(run / "metrics.jsonl")
-    steps = [line for line in lines if line["kind"] == "train"]
-    held_out = {line["step"]: line["eval_reward"] for line in lines if line["kind"] == "eval"}
-    rewards = [step["reward"] for step in steps]
+class Exam:
+    """The held-out questions, asked of any run."""
+
+    def __init__(self, out: Path, questions: tuple[int, int], samples: int, scorer: Scorer) -> None:
+        self.out, self.samples, self.scorer = out, samples, scorer
+        self.examples = {
+            kind: list(worked_examples(stage, count, 3, "held_out", FAMILIES))
+            for (kind, stage), count in zip(KINDS.items(), questions)
+        }
+
+    def marks(self, run: str, precision: str) -> Marks:
+        """Asked once: marks are kept beside the run."""
+        path = self.out / f"{run}-marks-{precision}.json"
+        if not path.exists():
+            path.write_text(json.dumps(self._ask(self.out / run, precision)), encoding="utf-8")
+        marks: Marks = json.loads(path.read_text(encoding="utf-8"))
+        return marks
+
+    def _ask(self, run: Path, precision: str) -> Marks:
+        words = ["--init.checkpoint", str(run), "--fp8.recipe", precision]
+        config = load(RlConfig, RECIPES / "rl_tiny_stage1.toml", words)
+        chat, folder, architecture = open_model(config)
+        model, _ = build_model(config, architecture, WORLD)
+        store = CheckpointStore(run / "checkpoints")
+        store.load(store.find(str(run)), {"model": model_state(model)}, ("optim",))
+        refresh_weights(model)
+        model.eval()
+        engine = Engine(model, tok.load_tokenizer(folder), EngineOptions(max_sequences=512))
+        end = chat.end_of_turn()
+        assert end is not None
+        greedy = SamplingParams(temperature=0.0, max_new_tokens=112, seed=1, stop_token_ids=(end,))
+        sampled = replace(greedy, temperature=1.0, n=self.samples)
+        marks: Marks = {}
+        for way, params in (("greedy", greedy), ("temperature 1", sampled)):
+            for kind, examples in self.examples.items():
+                prompts = [chat.prompt([{"role": "user", "content": one.question}]) for one in examples]
+                answers = engine.generate([Request(tuple(prompt), params) for prompt in prompts])
+                labels = [one.prompt_row()["label"] for one in examples]
+                pairs = [(answer.text, label) for given, label in zip(answers, labels) for answer in given]
+                scores = [score.value for score in self.scorer.score_many(pairs)]
+                n = params.n
+                marks[f"{kind}, {way}"] = [statistics.fmean(scores[i : i + n]) for i in range(0, len(scores), n)]
+            marks[f"all, {way}"] = [mark for kind in self.examples for mark in marks[f"{kind}, {way}"]]
+        return marks
+
+
+def by_question(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and its 95 % interval, normal approximation."""
+    mean = statistics.fmean(values)
+    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": round(mean, 4), "interval": [round(mean - half, 4), round(mean + half, 4)]}
+
+
+def by_seed(values: Sequence[float]) -> dict[str, Any]:
+    """Seed by seed, and mean with its 95 % interval by Student's t (two seeds or more)."""
+    mean = statistics.fmean(values)
+    found: dict[str, Any] = {"by_seed": [round(value, 4) for value in values], "mean": round(mean, 4)}
+    if len(values) in T_95:
+        half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+        found["interval"] = [round(mean - half, 4), round(mean + half, 4)]
+    return found
+
+
+def gain(later: list[float], earlier: list[float]) -> dict[str, Any]:
+    return by_question([b - a for b, a in zip(later, earlier, strict=True)])
+
+
+def course_of(run: Path) -> dict[str, Any]:
+    """What a stage's own metrics say; rewards are those of the rollouts."""
+    steps = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"]
+    rollouts = [step for step in steps if "reward" in step]
+    phases = ("rollout_s", "reward_s", "logprob_s", "update_s", "sync_s")
     return {
-        "held_out_before": held_out[0],
-        "held_out_after": held_out[max(held_out)],
-        "reward_first_5": statistics.fmean(rewards[:5]),
-        "reward_last_5": statistics.fmean(rewards[-5:]),
-        "rewards": [round(reward, 4) for reward in rewards],
+        "rewards": [round(one["reward"], 4) for one in rollouts],
         "entropy": [round(step["entropy"], 4) for step in steps],
+        "groups_sampled": sum(one["sampled_groups"] for one in rollouts),
+        "groups_with_spread": sum(one["groups_with_spread"] for one in rollouts),
+        "truncated_mean": round(statistics.fmean(one["truncated"] for one in rollouts), 5),
         "logprob_diff_mean": statistics.fmean(step["logprob_diff"] for step in steps),
         "token_mult_prob_error_max": max(step["token_mult_prob_error"] for step in steps),
-        "importance_clipped_mean": statistics.fmean(step["importance_clipped"] for step in steps),
-        "minutes": round((sum(s["step_time_s"] for s in steps) + sum(x.get("eval_s", 0) for x in lines)) / 60, 2),
-        "phase_seconds": {
-            name: round(sum(step[name] for step in steps), 1)
-            for name in ("rollout_s", "reward_s", "logprob_s", "update_s", "sync_s")
-        },
+        "update_kl_max": max(step["update_kl"] for step in steps),
+        "all_steps_s": round(sum(step["step_time_s"] for step in steps), 1),
+        "phases_s": {name: round(sum(step.get(name, 0.0) for step in steps), 1) for name in phases},
     }
+
+
+def before_rl_s(out: Path, seed: int) -> float:
+    """Seconds from first to last step of pre-training and of both fine-tuning stages."""
+    total = 0.0
+    for name in ("base", "sft1", "sft"):
+        lines = read_metrics(out / f"seed{seed}/{name}/metrics.jsonl")
+        times = [line["time"] for line in lines if line["kind"] == "train"]
+        total += times[-1] - times[0]
+    return round(total, 1)
+
+
+def training_minutes(runs: list[dict[str, Any]]) -> float:
+    """Of all steps of all runs, in whichever call they were made; examining not included."""
+    before = {run["seed"]: run["before_rl_s"] for run in runs}
+    stages = sum(run[stage]["all_steps_s"] for run in runs for stage in ("rl1", "rl2"))
+    return round((sum(before.values()) + stages) / 60, 1)
+
+
+def examined(out: Path, exam: Exam, start: str, precision: str, seed: int) -> tuple[dict[str, Any], dict[str, Marks]]:
+    """Both stages of one seed and precision: the record of the run, and the marks behind it."""
+    marks = {"base": exam.marks(f"seed{seed}/base", start), "sft": exam.marks(f"seed{seed}/sft", precision)}
+    record: dict[str, Any] = {"precision": precision, "seed": seed, "before_rl_s": before_rl_s(out, seed)}
+    for stage in (1, 2):
+        run = reinforced(out, precision, seed, stage)
+        record[f"rl{stage}"] = course_of(out / run)
+        marks[f"rl{stage}"] = exam.marks(run, precision)
+    steps = (("sft", "base"), ("rl1", "sft"), ("rl2", "rl1"), ("rl2", "sft"))
+    record["held_out"] = {
+        way: {
+            **{name: by_question(marks[name][way]) for name in STAGES},
+            **{f"{b} - {a}": gain(marks[b][way], marks[a][way]) for b, a in steps},
+        }
+        for way in marks["base"]
+    }
+    return record, marks
+
+
+def summary(found: dict[tuple[str, int], dict[str, Marks]]) -> dict[str, Any]:
+    """Means over seeds: accuracies, gains by stage, and FP8 minus BF16 of the same seed."""
+    seeds = sorted({seed for _, seed in found})
+    precisions = sorted({precision for precision, _ in found})
+    total: dict[str, Any] = {}
+    for way in next(iter(found.values()))["base"]:
+        mean = {key: {name: statistics.fmean(marks[name][way]) for name in STAGES} for key, marks in found.items()}
+        part = total[way] = {}
+        for precision in precisions:
+            own = [mean[precision, seed] for seed in seeds if (precision, seed) in mean]
+            part[precision] = {name: by_seed([one[name] for one in own]) for name in STAGES}
+            for b, a in (("sft", "base"), ("rl1", "sft"), ("rl2", "rl1"), ("rl2", "sft")):
+                part[precision][f"{b} - {a}"] = by_seed([one[b] - one[a] for one in own])
+        both = [seed for seed in seeds if all((precision, seed) in mean for precision in ("blockwise", "bf16"))]
+        if both:
+            part["blockwise - bf16"] = {
+                name: by_seed([mean["blockwise", seed][name] - mean["bf16", seed][name] for seed in both])
+                for name in STAGES[1:]
+            }
+    return total
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="a fine-tuning run to start from, instead of making one")
+    parser.add_argument("out", type=Path, help="folder of data and runs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--oversample", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--questions", type=int, default=96, help="held-out questions")
+    parser.add_argument("--precision", nargs="+", choices=("blockwise", "bf16"), default=["blockwise", "bf16"])
+    parser.add_argument("--start", choices=("blockwise", "bf16"), default="blockwise", help="precision before RL")
+    parser.add_argument(
+        "--questions", nargs=2, type=int, default=[300, 400], help="held out, easy and harder (300 400)"
+    )
+    parser.add_argument("--samples", type=int, default=3, help="of each at temperature 1 (%(default)s)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    if not (options.out / "train1.jsonl").exists():
-        write_prompts(options.out)
-    if options.start is None:
-        options.start = options.out / "sft"
-        if not (options.out / "start").exists():
-            write_start(options.out)
-        assert train_sft(fine_tuning(options.out), WORLD) is None, "stopped on request; run the same command to go on"
-    runs: dict[tuple[int, str], dict[str, Any]] = {}
-    for seed, stage, precision in product(options.seeds, (1, 2), options.precision):
-        config = reinforcement(options.out, precision, seed, stage, options)
-        assert train_rl(config, WORLD) is None, "stopped on request; run the same command to go on"
-        run = runs.setdefault((seed, precision), {"precision": PRECISIONS[precision], "seed": seed})
-        run[f"stage{stage}"] = result_of(Path(config.run))
-        if options.json:
-            settings = {k: v for k, v in vars(options).items() if k not in ("out", "json", "start")}
-            record = {**environment(), "settings": settings, "families": FAMILIES, "runs": list(runs.values())}
-            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    out = options.out
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "json")}
+    record = {**environment(), "threads": torch.get_num_threads(), "settings": settings, "families": FAMILIES}
+    if not (out / "corpus" / "tokenizer").exists():
+        write_data(out)
+    scorer = ReasoningGymScorer(workers=1)
+    exam = Exam(out, tuple(options.questions), options.samples, scorer)
+    runs, found = [], {}
+    try:
+        for seed in options.seeds:
+            fine_tuned(out, options.start, seed)
+            for precision in options.precision:
+                run, found[precision, seed] = examined(out, exam, options.start, precision, seed)
+                runs.append(run)
+                print(json.dumps(run["held_out"]), flush=True)
+                record |= {
+                    "training_minutes": training_minutes(runs),
+                    "over_seeds": summary(found),
+                }
+                if options.json:
+                    options.json.write_text(json.dumps({**record, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+    finally:
+        scorer.close()
+    print(json.dumps(record["over_seeds"], indent=1))
 
 
 if __name__ == "__main__":
