@@ -1,9 +1,10 @@
 """The demo, killed in the middle of every stage: does it end with the numbers of a demo that was left alone?
 
-    python bench/demo_kill.py FOLDER RESULT.json
+    python bench/demo_kill.py runs/demo runs/demo_killed RESULT.json
 
-`infir2 demo` runs once to its end. Then it runs again in another folder, and while each stage runs, after a third to
-two thirds of the time that it took before, the whole process group gets SIGKILL and the same command is given again.
+`infir2 demo` runs to its end in the first folder, unless it has done so already. Then it runs in the second, and while
+each stage runs, after a third to two thirds of the time that it took before, the whole process group gets SIGKILL and
+the same command is given again.
 Compared are every step's loss, gradient norm and reward, every held-out result, the evaluation, and the exported
 weights, byte for byte.
 """
@@ -44,6 +45,7 @@ def running(folder: Path) -> str | None:
 
 def left_alone(folder: Path) -> dict[str, float]:
     """Run the demo to its end; seconds of every stage."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     if start(folder).wait() != 0:
         raise SystemExit(f"the demo failed: see {folder}.log")
     return {name: facts["seconds"] for name, facts in state(folder).items()}
@@ -80,18 +82,18 @@ def numbers(folder: Path) -> dict[str, Any]:
                 key = f"{metrics.parent.name} {line['kind']} {line['step']}"
                 found[key] = {name: line[name] for name in NUMBERS if name in line}
     for model in json.loads((folder / "eval" / "eval.json").read_text())["models"]:
-        found[f"evaluation of {model['name']}"] = model["tasks"]
+        # A task is named after the file of its questions, which lies in the demo's folder.
+        found[f"evaluation of {model['name']}"] = {Path(name).name: figures for name, figures in model["tasks"].items()}
     for weights in sorted((folder / "model").glob("*.safetensors")):
         found[f"model {weights.name}"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     return found
 
 
-def main(folder: Path, result_file: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def main(alone_folder: Path, killed_folder: Path, result_file: Path) -> None:
     result = environment()
-    result["stages_s"] = left_alone(folder / "alone")
-    result["killed_after_s"] = killed(folder / "killed", result["stages_s"], random.Random(1))
-    alone, after = numbers(folder / "alone"), numbers(folder / "killed")
+    result["stages_s"] = left_alone(alone_folder)
+    result["killed_after_s"] = killed(killed_folder, result["stages_s"], random.Random(1))
+    alone, after = numbers(alone_folder), numbers(killed_folder)
     different = sorted(key for key in alone.keys() | after.keys() if alone.get(key) != after.get(key))
     result |= {"compared": len(alone), "different": different}
     replace_file(result_file, (json.dumps(result, indent=1) + "\n").encode())
@@ -99,4 +101,4 @@ def main(folder: Path, result_file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

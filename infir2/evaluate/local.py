@@ -15,7 +15,7 @@ def run_local_task(
     """All samples of all problems. Raises DataError, before anything is asked, for a label that cannot be used."""
     _check_labels(task, problems, scorer)
     places = [(problem, index) for problem in problems for index in range(task.sampling.samples)]
-    asked = [Asked(problem.messages, seed_of(seed, task.name, problem.id, index)) for problem, index in places]
+    asked = [Asked(problem.messages, seed_of(seed, problem.id, problem.messages, index)) for problem, index in places]
     responses = responder.respond(asked, task.sampling, progress)
     scores = scorer.score_many([(one.text, problem.label) for one, (problem, _) in zip(responses, places)])
     return [

@@ -1,6 +1,6 @@
 """Who answers: a model in this process, or any OpenAI-compatible server. Both are asked the same way.
 
-Every sample has a seed of its own, a function of (seed, task, problem, number of the sample): so two models that are
+Every sample has a seed of its own, a function of (seed, problem, number of the sample): so two models that are
 compared draw with the same random numbers, and the engine and our server give the same samples.
 """
 
@@ -51,9 +51,11 @@ class Responder(Protocol):
         ...
 
 
-def seed_of(seed: int, task: str, problem: str, index: int) -> int:
-    """Below 2^63: servers read seeds as signed 64-bit numbers."""
-    digest = hashlib.blake2b(f"{seed}:{task}:{problem}:{index}".encode(), digest_size=8).digest()
+def seed_of(seed: int, problem: str, messages: Sequence[Message], index: int) -> int:
+    """Below 2^63: servers read seeds as signed 64-bit numbers. Where the question lies does not count: the same file in
+    another folder gives the same samples."""
+    asked = json.dumps([seed, problem, list(messages), index], sort_keys=True)
+    digest = hashlib.blake2b(asked.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -175,7 +175,12 @@ def test_a_file_of_problems(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [one.truncated for one in found] == [True, False] * 3
     assert len({one.seed for one in parrot.asked}) == 6
-    assert parrot.asked[4].seed == seed_of(1, task.name, "1", 1) < 2**63
+    assert parrot.asked[4].seed == seed_of(1, "1", [{"role": "user", "content": "say 4"}], 1) < 2**63
+    moved, other = Parrot(), tmp_path / "moved.jsonl"
+    other.write_bytes(file.read_bytes())
+    there = LocalTask(f"math:{other}", "math", Sampling(3, 10))
+    run_local_task(there, problems_of(there, None), moved, scorer, 1, lambda done, total: None)
+    assert [one.seed for one in moved.asked] == [one.seed for one in parrot.asked], "the place of a file does not count"
     for row, message in (
         ('{"prompt": "x"}', "rows.jsonl:2: .*label"),
         ('{"label": 1}', "rows.jsonl:2: "),
