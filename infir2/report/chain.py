@@ -98,7 +98,9 @@ def _file_result(place: Path) -> str:
         return f"{', '.join(scores)} ({last['name']})"
     files = [path for path in (place, *place.parent.glob(f"{place.name}.*"), *place.rglob("*")) if path.is_file()]
     size = sum(path.stat().st_size for path in files)
-    return f"{size / 1e6:,.1f} MB" if files else ""
+    if not files:
+        return ""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
 
 
 def _scores(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
