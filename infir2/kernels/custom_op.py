@@ -1,7 +1,7 @@
 """``custom_op``: a function of tensors that torch.compile keeps whole, at little cost a call.
 
-What ``torch.library.custom_op`` does beside that (its own autograd layer, a check that no output is an input) costs the
-host 50 to 100 microseconds a call: with the thirty calls of an FP8 layer that is longer than their kernels run. None of
+What ``torch.library.custom_op`` does beside that (its own autograd layer, a check that no output is an input) keeps the
+host busy: with the thirty calls of an FP8 layer it can take longer than their kernels run. None of
 it is needed here: these functions make new tensors, and are called inside autograd functions or without gradients.
 """
 

@@ -33,7 +33,8 @@ def _reciprocal(scale, bits):
 
 @triton.jit
 def _sigmoid(x):
-    """1 / (1 + 2^(-x log2 e)) by the hardware's approximations: within 2^-21 of the twin."""
+    """1 / (1 + 2^(-x log2 e)) by the hardware's approximations: a few units in the twin's last place, more where |x| is
+    large, so that few codes are a neighbour of the twin's."""
     return tl.inline_asm_elementwise(
         """{ .reg .f32 t;
         mul.f32 t, $1, 0fBFB8AA3B;
