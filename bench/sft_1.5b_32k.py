@@ -6,7 +6,8 @@
 recipes/sft_1.5b_stage1.toml with random weights. The conversations have random tokens and lengths such as reasoning
 data have (half below 6,000 tokens, a tail to 32,768); two thirds of the tokens are trained on. A step here is one
 micro-batch, the fullest of a global batch as the loader packs it: forward, backward and AdamW. Every precision sees the
-same batches, and starts from the same weights in fresh memory.
+same batches, and starts from the same weights in fresh memory. hybrid/none, bf16/full: a precision and what is said
+under train.activation_checkpointing.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import gc
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from infir2.model.attention import document_attention
 from infir2.parallel.runtime import World, world
 from infir2.stages.environment import environment
 from infir2.stages.training import build_model, model_config, seed_everything
+from infir2.train.graphs import Graphs, can_record
 from infir2.train.optimizer import build_optimizer
 from infir2.train.step import train_step
 from infir2.types import Batch
@@ -39,26 +42,27 @@ ROWS = 256
 def recipe(options: argparse.Namespace, precision: str) -> SftConfig:
     """The shipped recipe at the wanted shape."""
     name, vocabulary = ("micro", 512) if options.check else ("qwen2.5-1.5b", 151_936)
+    recipe_name, _, checkpointing = precision.partition("/")
     words = {
         "model": f'{{ preset = "{name}", vocab_size = {vocabulary} }}',
-        "fp8.recipe": precision,
+        "fp8.recipe": recipe_name,
         "data.max_length": options.length,
         "data.max_tokens_per_gpu": options.length,
-        "train.compile": str(options.compile).lower(),
-        "train.activation_checkpointing": options.checkpointing,
+        "train.compile": str(not options.eager).lower(),
+        "train.cuda_graphs": str(not options.eager).lower(),
+        "train.activation_checkpointing": checkpointing or "full",
     }
     return load(SftConfig, RECIPE, [word for key, value in words.items() for word in (f"--{key}", str(value))])
 
 
-def micro_batches(config: SftConfig, vocabulary: int, count: int) -> list[Batch]:
+def micro_batches(config: SftConfig, vocabulary: int, count: int, whole: bool) -> list[Batch]:
     """The fullest micro-batch of each of ``count`` steps."""
     rng = np.random.default_rng(config.train.seed)
     longest = config.data.max_length
     lengths = np.clip(rng.lognormal(np.log(longest * 6_000 / 32_768), 0.9, ROWS), 16, longest).astype(int)
     samples = [Sample(rng.integers(0, vocabulary, n).astype(np.int32), np.arange(n) > n // 3) for n in lengths]
-    loader = SftLoader(
-        TokenRows.join(samples), config.train.seed, config.train.global_batch, count, config.data.max_tokens_per_gpu
-    )
+    train, most = config.train, config.data.max_tokens_per_gpu
+    loader = SftLoader(TokenRows.join(samples), train.seed, train.global_batch, count, most, whole=whole)
     return [loader.step(step)[0] for step in range(1, count + 1)]
 
 
@@ -67,19 +71,20 @@ def measure(options: argparse.Namespace, precision: str, here: World) -> dict[st
     config = recipe(options, precision)
     seed_everything(config)
     architecture = model_config(config, 0)
-    batches = micro_batches(config, architecture.vocab_size, options.warmup + options.steps)
+    recorded = config.train.cuda_graphs and can_record(here)
+    batches = micro_batches(config, architecture.vocab_size, options.warmup + options.steps, recorded)
     model, report = build_model(config, architecture, here)
     refresh_weights(model)
     optimizer = build_optimizer(model, config.optim)
     dtype = getattr(torch, config.model.dtype)
+    graphs = Graphs(model) if recorded else None
     seconds, losses = [], []
     for number, batch in enumerate(batches):
         if number == options.warmup and here.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        result = train_step(
-            model, optimizer, [batch], here, lambda one: document_attention(one, dtype), config.optim.clip
-        )
+        attention = partial(document_attention, compute_dtype=dtype)
+        result = train_step(model, optimizer, [batch], here, attention, config.optim.clip, graphs=graphs)
         _wait(here)
         seconds.append(time.perf_counter() - began)
         assert result is not None
@@ -107,21 +112,23 @@ def _wait(here: World) -> None:
 
 
 def _peak_memory(here: World) -> float | None:
-    """In GB; None on a CPU, where torch does not count it."""
-    return round(torch.cuda.max_memory_allocated() / 1e9, 3) if here.device.type == "cuda" else None
+    """In GB, as reserved by torch, for a graph's tensors come and go unseen; None on a CPU, where it is not counted."""
+    return round(torch.cuda.max_memory_reserved() / 1e9, 3) if here.device.type == "cuda" else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, metavar="RESULT.json")
     parser.add_argument(
-        "--precision", nargs="+", default=["bf16", "blockwise", "hybrid"], help="the first is compared to"
+        "--precision",
+        nargs="+",
+        default=["bf16/full", "hybrid/full", "hybrid/none", "blockwise/none"],
+        help="the first is compared to (%(default)s)",
     )
     parser.add_argument("--length", type=int, help="tokens of a micro-batch (32768; with --check 512)")
     parser.add_argument("--steps", type=int, default=6, help="timed steps (%(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (%(default)s)")
-    parser.add_argument("--checkpointing", choices=("none", "full"), default="full", help="as the recipe (%(default)s)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile every decoder layer")
+    parser.add_argument("--eager", action="store_true", help="neither compiled layers nor CUDA graphs")
     parser.add_argument("--check", action="store_true", help="a tiny shape, to see that everything runs")
     options = parser.parse_args()
     options.length = options.length or (512 if options.check else 32_768)

@@ -19,7 +19,7 @@ class ModelSection(Section):
     vocab_size: Count = 0
     """Rows of the embedding with a preset; 0 takes the tokenizer's size, rounded up to a multiple of 128."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute dtype outside the FP8 GEMMs. Master weights, gradients and moments are always float32."""
+    """Compute dtype outside the FP8 GEMMs. Master weights and gradients are always float32."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of random weights."""
 
@@ -122,6 +122,8 @@ class OptimSection(Section):
     """AdamW's moment decays."""
     eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """How AdamW keeps its two moments: bfloat16 (stochastically rounded) takes half the memory, 4 bytes a parameter."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     """Decoupled weight decay; not applied to biases and norms."""
     clip: Annotated[float, Field(ge=0.0)] = 1.0
@@ -170,6 +172,9 @@ class TrainSection(LoopSection):
     """Optimiser steps of this run."""
     micro_batch: PositiveInt = 1
     """Sequences per forward pass and rank; the rest of the global batch is gradient accumulation."""
+    cuda_graphs: bool = False
+    """Run micro-batches as CUDA graphs, so that the GPU does not wait for Python. Same numbers. Used by a single
+    process on a GPU; elsewhere it does nothing."""
 
 
 class EpochTrainSection(LoopSection):
@@ -177,6 +182,9 @@ class EpochTrainSection(LoopSection):
 
     epochs: PositiveInt
     """Times that every row is seen. The number of steps follows from rows, epochs and global_batch."""
+    cuda_graphs: bool = False
+    """Fill every micro-batch up to data.max_tokens_per_gpu, so that all have one shape, and run them as a CUDA graph:
+    the GPU does not wait for Python. Used by a single process on a GPU; elsewhere it does nothing."""
 
     def with_steps(self, steps: int) -> TrainSection:
         """The same loop, now that the number of steps is known."""

@@ -175,15 +175,27 @@ def _rendered(
 
 
 class SftLoader:
-    """Batches of rows for one rank. Raises DataError where there is no row."""
+    """Batches of rows for one rank. Raises DataError where there is no row.
+
+    A micro-batch is filled up to a multiple of 128 tokens, or with ``whole`` to ``max_tokens`` (rounded up to that).
+    """
 
     def __init__(
-        self, rows: TokenRows, seed: int, global_batch: int, epochs: int, max_tokens: int, rank: int = 0, world: int = 1
+        self,
+        rows: TokenRows,
+        seed: int,
+        global_batch: int,
+        epochs: int,
+        max_tokens: int,
+        rank: int = 0,
+        world: int = 1,
+        whole: bool = False,
     ) -> None:
         if not len(rows):
             raise DataError("data.train: no row is left to train on")
         self.rows, self.seed, self.global_batch, self.epochs = rows, seed, global_batch, epochs
-        self.max_tokens, self.rank, self.world = max_tokens, rank, world
+        self.max_tokens, self.rank, self.world, self.whole = max_tokens, rank, world, whole
+        self.multiple = -(-max_tokens // MULTIPLE) * MULTIPLE if whole else MULTIPLE
         self.steps_per_epoch = -(-len(rows) // global_batch)
         self.steps = epochs * self.steps_per_epoch
         self._places = rows.lengths - 1  # a row's last token is only a label
@@ -217,7 +229,7 @@ class SftLoader:
 
     def held_out(self, rows: TokenRows, most_rows: int) -> list[Batch]:
         """This rank's batches of the first ``most_rows`` rows of another set; every rank has the same number."""
-        other = SftLoader(rows, self.seed, self.global_batch, 1, self.max_tokens, self.rank, self.world)
+        other = SftLoader(rows, self.seed, self.global_batch, 1, self.max_tokens, self.rank, self.world, self.whole)
         return other._batches(np.arange(min(most_rows, len(rows))))
 
     def fingerprint(self, content_sha256: str) -> dict[str, Any]:
@@ -228,13 +240,13 @@ class SftLoader:
     def _batches(self, rows: NDArray[np.int64]) -> list[Batch]:
         dealt = deal([int(self._places[row]) for row in rows], self.max_tokens, self.world)
         mine = dealt[self.rank :: self.world]
-        return [pack_documents([self.rows.row(int(rows[i])) for i in documents], MULTIPLE) for documents in mine]
+        return [pack_documents([self.rows.row(int(rows[i])) for i in documents], self.multiple) for documents in mine]
 
     def _filling(self, rows: NDArray[np.int64]) -> tuple[int, int]:
         """(tokens of the rows, tokens of their micro-batches over all ranks)."""
         places = [int(self._places[row]) for row in rows]
         totals = [sum(places[i] for i in documents) for documents in deal(places, self.max_tokens, self.world)]
-        return sum(places), sum(max(1, -(-total // MULTIPLE)) * MULTIPLE for total in totals)
+        return sum(places), sum(max(1, -(-total // self.multiple)) * self.multiple for total in totals)
 
 
 def deal(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int]]:

@@ -37,7 +37,8 @@ def parallelize(
         if compile_layers:
             layer.forward = torch.compile(layer.forward)
         if activation_checkpointing:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            # Nothing in a layer is random; to keep the generator's state would stop a CUDA graph from being recorded.
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     if world.mesh is None:
         return
     policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -41,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", action="store_true", help="step: AdamW as well")
     parser.add_argument("--checkpointing", action="store_true", help="step: full activation checkpointing")
     parser.add_argument("--layers-only", action="store_true", help="step: decoder layers without the output head")
+    parser.add_argument(
+        "--moments", choices=["float32", "bfloat16"], default="float32", help="step: how AdamW keeps its moments"
+    )
+    parser.add_argument("--eager", action="store_true", help="step: launch every kernel, instead of CUDA graphs")
     parser.add_argument("--no-compile", action="store_true", help="step: leave layers uncompiled")
     parser.add_argument("--repeats", type=int, default=10, help="timed repetitions (10)")
     parser.add_argument("--profile", action="store_true", help="step, decode: GPU time by kernel family")

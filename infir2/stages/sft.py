@@ -113,11 +113,13 @@ def open_model(config: SftConfig | RlConfig) -> "tuple[ChatTokenizer, Path, Mode
 def open_loader(config: SftConfig, data: "SftRows", world: "World") -> "SftLoader":
     """The order and packing of the recipe's rows for this rank; checks that the schedule fits the steps."""
     from infir2.data.sft import SftLoader
+    from infir2.train.graphs import can_record
 
     train, tokens = config.train, config.data.max_tokens_per_gpu
     if not len(data.train):
         raise DataError(f"data.train: no row is left to train on: {data.counts['train'].summary()}")
-    loader = SftLoader(data.train, train.seed, train.global_batch, train.epochs, tokens, world.rank, world.size)
+    whole = train.cuda_graphs and can_record(world)
+    loader = SftLoader(data.train, train.seed, train.global_batch, train.epochs, tokens, world.rank, world.size, whole)
     try:
         check_ramps(config.optim, loader.steps)
     except ValueError as error:

@@ -26,6 +26,7 @@ from infir2.parallel.apply import fill, parallelize
 from infir2.parallel.runtime import World
 from infir2.stages.resume import changes_on_resume
 from infir2.stages.run_folder import describe, locked, writing
+from infir2.train.graphs import Graphs, can_record
 from infir2.train.loop import Callbacks, Progress, train
 from infir2.train.metrics import MetricsWriter
 from infir2.train.optimizer import build_optimizer
@@ -179,12 +180,13 @@ def run_training(
                     "config": config.model_dump(mode="json"),
                 }
                 held_out = data.held_out() if settings.eval_every else []
+                graphs = Graphs(model) if settings.cuda_graphs and can_record(world) else None
                 saver = _Saver(store, model, optimizer, metrics, facts)
                 callbacks = Callbacks(
                     batches=lambda first, last, interrupted: data.batches(first, last, start.data_offset, interrupted),
                     learning_rate=lambda step: learning_rate(step, settings.steps, config.optim),
                     evaluate=data.evaluate
-                    or (lambda _: {"eval_loss": evaluate(model, held_out, world, data.attention_for)}),
+                    or (lambda _: {"eval_loss": evaluate(model, held_out, world, data.attention_for, graphs)}),
                     save=saver.save,
                     poll=saver.poll,
                     finish=saver.finish,
@@ -207,6 +209,7 @@ def run_training(
                     log=config.log,
                     health_every=config.fp8.health_every if report.converted else 0,
                     trace_folder=run / "profile",
+                    graphs=graphs,
                 )
 
 
@@ -284,7 +287,7 @@ def _restore(
                 f"{config.train.global_batch}; restore it, or start a new run with init.checkpoint"
             )
         changes = changes_on_resume(config, data.loop.steps, meta, newest)
-        store.load(newest, state)
+        store.load(newest, state, cast=("optim",))  # moments: optim.moments may have changed
         events.append(("resume", {"from": str(newest)}))
         events += [("recipe_changed", {"change": change}) for change in changes]
         return _Start(Progress(**meta["progress"]), meta["data_offset"], events)
@@ -293,7 +296,7 @@ def _restore(
     source = store.find(config.init.checkpoint)
     wanted = state if config.init.keep_optimizer else {"model": state["model"]}
     _check_architecture(source, read_meta(source), architecture, "Name another, or leave out the model section")
-    meta = store.load(source, wanted, ignore=() if config.init.keep_optimizer else ("optim",))
+    meta = store.load(source, wanted, ignore=() if config.init.keep_optimizer else ("optim",), cast=("optim",))
     same_data = data.continues and meta["data"]["sha256"] == data.fingerprint["sha256"]
     seen = meta["data_offset"] + meta["progress"]["step"] * meta["global_batch"]
     events.append(("init", {"from": str(source), "data": "continued" if same_data else "from its beginning"}))

@@ -20,6 +20,7 @@ from infir2.errors import TrainingStopped
 from infir2.fp8.health import measure
 from infir2.parallel.runtime import World
 from infir2.train.collection import collecting_between_steps
+from infir2.train.graphs import Graphs
 from infir2.train.interrupt import Interrupt
 from infir2.train.metrics import MetricsWriter
 from infir2.train.optimizer import set_learning_rate
@@ -85,6 +86,7 @@ def train(
     log: LogSection,
     health_every: int = 0,
     trace_folder: Path | None = None,
+    graphs: Graphs | None = None,
 ) -> signal.Signals | None:
     """Train from ``progress.step`` to ``config.steps``. Returns the signal that ended it early, else None.
 
@@ -104,7 +106,7 @@ def train(
             lr = callbacks.learning_rate(step)
             set_learning_rate(optimizer, lr)
             measured = health_every > 0 and (step == 1 or step % health_every == 0)
-            health = _fp8_health(model, batches[0], world, callbacks) if measured else {}
+            health = _fp8_health(model, batches[0], world, callbacks, graphs) if measured else {}
             result = train_step(
                 model,
                 optimizer,
@@ -114,6 +116,7 @@ def train(
                 clip,
                 interrupted=interrupt.check if progress.step % callbacks.together == 0 else lambda: None,
                 objective=callbacks.objective,
+                graphs=graphs,
             )
             if result is None:
                 break
@@ -206,14 +209,26 @@ class _Meter:
         return values
 
 
-def _fp8_health(model: nn.Module, batch: Batch, world: World, callbacks: Callbacks) -> dict[str, dict[str, float]]:
+def _fp8_health(
+    model: nn.Module, batch: Batch, world: World, callbacks: Callbacks, graphs: Graphs | None
+) -> dict[str, dict[str, float]]:
     """FP8 health of every layer on one micro-batch of this rank.
 
-    Measured in a pass of its own, outside compiled code: training takes the same course whether it is watched or not.
+    Measured in a pass of its own, outside compiled code and graphs: training takes the same course whether it is
+    watched or not. Where the memory does not suffice beside that of the graphs, they are recorded anew afterwards.
     """
-    with torch.compiler.set_stance("force_eager"), measure(model) as health:
-        trial_pass(model, batch, world, callbacks.attention_for, callbacks.objective)
-    return health.layers()
+    while True:
+        try:
+            if graphs is not None:
+                graphs.attach_zeros()
+            with torch.compiler.set_stance("force_eager"), measure(model) as health:
+                trial_pass(model, batch, world, callbacks.attention_for, callbacks.objective)
+            return health.layers()
+        except torch.OutOfMemoryError:
+            if graphs is None:
+                raise
+        graphs.release()
+        graphs = None
 
 
 @contextmanager

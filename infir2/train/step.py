@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from infir2.kernels.logprob import cross_entropy_sum
 from infir2.parallel.apply import set_gradient_sync
 from infir2.parallel.runtime import World
+from infir2.train.graphs import Graphs
 from infir2.types import Batch
 
 AttentionFor = Callable[[Batch], Callable]
@@ -61,6 +63,7 @@ def train_step(
     clip: float,
     interrupted: Callable[[], object] = lambda: None,
     objective: Objective = cross_entropy,
+    graphs: Graphs | None = None,
 ) -> StepResult | None:
     """Forward and backward over this rank's micro-batches, then one update.
 
@@ -71,19 +74,23 @@ def train_step(
     ``interrupted`` is asked before every micro-batch and must answer alike on all ranks: on the first true answer the
     step is dropped and None returned. Weights and optimiser are then those of the step before, ready to be saved; with
     several ranks the model is good for nothing else, because FSDP2 keeps the dropped gradients.
+
+    ``graphs``: run the micro-batches as CUDA graphs, with the same result.
     """
     counts = torch.tensor([(b.valid_tokens, b.labels.numel(), b.attended) for b in batches], dtype=torch.int64)
     valid_tokens, tokens, attended = world.all_sum(counts.sum(0)).tolist()
+    divisor = torch.tensor(max(valid_tokens, 1), dtype=torch.float32, device=world.device)
+    work = partial(forward_backward, model, attention_for, objective)
     totals: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
         if interrupted():
             optimizer.zero_grad(set_to_none=True)
             return None
         set_gradient_sync(model, index == len(batches) - 1)
-        loss_sum, others = _loss_sum(model, batch.to(world.device), attention_for, objective)
-        (loss_sum / max(valid_tokens, 1)).backward()
-        for name, value in {"loss": loss_sum, **others}.items():
-            totals[name] = totals.get(name, 0.0) + value.detach().double()
+        here = batch.to(world.device)
+        found = work(here, divisor) if graphs is None else graphs.train(work, here, divisor)
+        for name, value in found.items():
+            totals[name] = totals.get(name, 0.0) + value.double()
     square, *sums = world.all_sum(torch.stack([local_gradient_square(model), *totals.values()]))
     # Every shard of the gradient is held by as many processes as there are replicas.
     norm = (square / world.replicas).sqrt().float()
@@ -99,24 +106,47 @@ def train_step(
     return StepResult(loss, grad_norm, valid_tokens, skipped, tokens, attended, means)
 
 
+def forward_backward(
+    model: nn.Module, attention_for: AttentionFor, objective: Objective, batch: Batch, divisor: Tensor
+) -> dict[str, Tensor]:
+    """Add the gradient of a micro-batch's summed loss over ``divisor``; the sums that the objective gave, the loss's
+    by the name loss. Batch and divisor lie on the model's device."""
+    loss_sum, others = _loss_sum(model, batch, attention_for, objective)
+    (loss_sum / divisor).backward()
+    return {name: value.detach() for name, value in {"loss": loss_sum, **others}.items()}
+
+
 def trial_pass(
     model: nn.Module, batch: Batch, world: World, attention_for: AttentionFor, objective: Objective = cross_entropy
 ) -> None:
     """Forward and backward over one micro-batch for those who watch (FP8 health); its gradient is dropped."""
     set_gradient_sync(model, True)
-    loss_sum, _ = _loss_sum(model, batch.to(world.device), attention_for, objective)
-    (loss_sum / max(batch.valid_tokens, 1)).backward()
+    divisor = torch.tensor(max(batch.valid_tokens, 1), dtype=torch.float32, device=world.device)
+    forward_backward(model, attention_for, objective, batch.to(world.device), divisor)
     model.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], world: World, attention_for: AttentionFor) -> float:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    world: World,
+    attention_for: AttentionFor,
+    graphs: Graphs | None = None,
+) -> float:
     """Mean negative log-likelihood over the held-out batches of all ranks."""
+
+    def work(batch: Batch, divisor: Tensor) -> dict[str, Tensor]:
+        return {"loss": _loss_sum(model, batch, attention_for, cross_entropy)[0] / divisor}
+
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    one = torch.ones((), device=world.device)
     model.eval()
     try:
         for batch in batches:
-            sums[0] += _loss_sum(model, batch.to(world.device), attention_for, cross_entropy)[0].double()
+            here = batch.to(world.device)
+            found = work(here, one) if graphs is None else graphs.evaluate(work, here, one)
+            sums[0] += found["loss"].double()
             sums[1] += batch.valid_tokens
     finally:
         model.train()

@@ -216,6 +216,18 @@ def test_order_and_resume() -> None:
         SftLoader(rows_of([]), 7, 16, 3, 512)
 
 
+def test_whole_micro_batches_have_one_shape() -> None:
+    rows, other = rows_of(list(range(20, 120))), rows_of([60] * 7, seed=9)
+    loader = SftLoader(rows, 7, 16, 1, 500, whole=True)
+    batches = [batch for step in range(1, loader.steps + 1) for batch in loader.step(step)] + loader.held_out(other, 5)
+    assert {tuple(batch.input_ids.shape) for batch in batches} == {(1, 512)}
+    assert sum(batch.valid_tokens for batch in batches[:-1]) == sum(
+        batch.valid_tokens for step in range(1, loader.steps + 1) for batch in SftLoader(rows, 7, 16, 1, 500).step(step)
+    )
+    read, padded = loader._filling(loader.rows_of(1))
+    assert (padded % 512, loader.values(1)["packing_efficiency"]) == (0, read / padded)
+
+
 def test_held_out_rows_are_shared_between_ranks() -> None:
     rows, other = rows_of([30] * 5), rows_of([60] * 7, seed=9)
     batches = [SftLoader(rows, 7, 4, 1, 128, rank, 2).held_out(other, 5) for rank in (0, 1)]
