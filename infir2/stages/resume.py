@@ -16,7 +16,8 @@ _FREE = {
     *("model.path", "model.preset", "model.vocab_size", "model.init_std", "fp8.health_every"),
     *("train.save_every", "train.keep_checkpoints", "train.keep_every", "train.async_save"),
     *("train.eval_every", "train.eval_sequences", "train.max_skipped_steps", "train.accept_changes"),
-    *("train.micro_batch", "train.activation_checkpointing", "train.compile", "train.deterministic"),
+    *("train.micro_batch", "train.activation_checkpointing", "train.compile", "train.cuda_graphs"),
+    "train.deterministic",
     *("rollout.cache_tokens", "rollout.max_sequences", "rollout.max_batch_tokens", "reward.workers"),
 }
 # Free as long as no step that has been done would have had another learning rate.

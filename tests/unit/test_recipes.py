@@ -1,5 +1,6 @@
 """Every shipped recipe parses, and carries the paper's numbers."""
 
+import importlib
 import re
 import tomllib
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic_core import PydanticUndefined
 
+from infir2.cli import Parser
 from infir2.config import CptConfig, RlConfig, SftConfig, TrainingConfig, load, parse, to_toml
+from infir2.model.presets import preset
 from infir2.stages.pipeline_plan import PipelineConfig, make_plan
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -27,6 +30,15 @@ def test_every_stage_of_a_pipeline_can_be_started(path: Path, monkeypatch: pytes
             recipe, *overrides = words
             config = load(STAGES[stage], recipe, overrides)
             assert config.run == str(plan.run / step.name)
+        else:
+            parser = Parser(prog=stage)
+            importlib.import_module(f"infir2.stages.{stage}").add_arguments(parser)
+            parser.parse_args(words)
+
+
+def test_the_demos_have_the_same_stages() -> None:
+    tiny, small = (load(PipelineConfig, RECIPES / f"pipeline_{size}.toml") for size in ("tiny", "small"))
+    assert [stage.name for stage in small.stage] == [stage.name for stage in tiny.stage]
 
 
 @pytest.mark.parametrize("path", sorted({*RECIPES.glob("*.toml")} - {*PIPELINES}), ids=lambda path: path.name)
@@ -62,7 +74,7 @@ def test_the_papers_numbers_for_fine_tuning(size: str, lr: float) -> None:
         assert (optim.lr, optim.min_lr) == (lr, pytest.approx(lr / 10))
         assert (optim.schedule, optim.warmup_fraction) == ("cosine", 0.05)
         assert (optim.betas, optim.weight_decay, optim.clip) == ((0.9, 0.95), 0.0, 1.0)
-        assert (train.epochs, train.global_batch, train.activation_checkpointing) == (5, 64, "full")
+        assert (train.epochs, train.global_batch, train.activation_checkpointing) == (5, 64, "none")
         assert (data.max_length, data.max_tokens_per_gpu) == (32_768, 32_768)
         assert (config.fp8.recipe, config.fp8.scale_format) == ("blockwise", "ue8m0")
     assert two.init.checkpoint == one.run
@@ -72,11 +84,19 @@ def test_the_papers_numbers_for_fine_tuning(size: str, lr: float) -> None:
     assert two.train == one.train
 
 
-def test_the_tiny_stages_follow_each_other() -> None:
-    start = load(CptConfig, RECIPES / "cpt_tiny.toml")
-    one, two = (load(SftConfig, RECIPES / f"sft_tiny_stage{stage}.toml") for stage in (1, 2))
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_the_stages_of_the_demos_models_follow_each_other(size: str) -> None:
+    start = load(CptConfig, RECIPES / f"cpt_{size}.toml")
+    one, two = (load(SftConfig, RECIPES / f"sft_{size}_stage{stage}.toml") for stage in (1, 2))
     assert one.init.checkpoint == start.run
     assert two.init.checkpoint == one.run
+
+
+def test_the_small_model_has_qwens_shape_and_more_than_100_million_parameters() -> None:
+    start = load(CptConfig, RECIPES / "cpt_small.toml")
+    model = preset(start.model.preset or "", 8192)
+    assert model.model_type == "qwen2"
+    assert 100e6 < model.num_parameters() < 150e6
 
 
 @pytest.mark.parametrize("size", ["1.5b", "7b"])
@@ -99,9 +119,10 @@ def test_the_papers_numbers_for_reinforcement_learning(size: str) -> None:
     assert two.train == one.train
 
 
-def test_the_tiny_rl_stages_follow_fine_tuning_and_each_other() -> None:
-    one, two = (load(RlConfig, RECIPES / f"rl_tiny_stage{stage}.toml") for stage in (1, 2))
-    assert one.init.checkpoint == load(SftConfig, RECIPES / "sft_tiny_stage2.toml").run
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_the_rl_stages_of_the_demos_models_follow_fine_tuning_and_each_other(size: str) -> None:
+    one, two = (load(RlConfig, RECIPES / f"rl_{size}_stage{stage}.toml") for stage in (1, 2))
+    assert one.init.checkpoint == load(SftConfig, RECIPES / f"sft_{size}_stage2.toml").run
     assert two.init.checkpoint == one.run
     assert (one.rollout.temperature, two.rollout.temperature) == (1.0, 1.1)
     assert two.rollout.max_new_tokens > one.rollout.max_new_tokens
