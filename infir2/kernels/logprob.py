@@ -152,13 +152,12 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs, entropy = hidden.new_empty(2, hidden.shape[0], dtype=wide).unbind()
+        logprobs, entropy, lse = hidden.new_empty(3, hidden.shape[0], dtype=wide).unbind()
         head = weight.to(hidden.dtype)
         for here in _chunks(hidden.shape[0], weight.shape[0]):
-            all_logprobs = _scaled_logits(hidden[here], head, temperature).log_softmax(dim=-1)
-            logprobs[here] = all_logprobs.gather(1, labels[here, None]).squeeze(1)
-            entropy[here] = -(all_logprobs.exp() * all_logprobs).sum(-1)
-        ctx.save_for_backward(hidden, weight, labels, entropy)
+            found = token_statistics(hidden[here] @ head.T, labels[here], temperature)
+            logprobs[here], entropy[here], lse[here] = found
+        ctx.save_for_backward(hidden, weight, labels, entropy, lse)
         ctx.temperature = temperature
         return logprobs, entropy
 
@@ -166,27 +165,66 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """d logprob[y] / d logits = 1[y] - p;  d entropy / d logits = -p (log p + entropy); both over temperature."""
-        hidden, weight, labels, entropy = ctx.saved_tensors
+        hidden, weight, labels, entropy, lse = ctx.saved_tensors
         want_hidden, want_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         head = weight.to(hidden.dtype)
         grad_hidden = torch.zeros_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=entropy.dtype) if want_weight else None
         for here in _chunks(hidden.shape[0], weight.shape[0]):
-            all_logprobs = _scaled_logits(hidden[here], head, ctx.temperature).log_softmax(dim=-1)
-            probs = all_logprobs.exp()
-            grad_logits = torch.zeros_like(probs)
-            if grad_entropy is not None:
-                grad_logits -= grad_entropy[here, None] * probs * (all_logprobs + entropy[here, None])
-            if grad is not None:
-                grad_logits -= probs.mul_(grad[here, None])
-                grad_logits.scatter_add_(1, labels[here, None], grad[here, None])
-            grad_logits = grad_logits.div_(ctx.temperature).to(hidden.dtype)
+            logits = hidden[here] @ head.T
+            of_logprob, of_entropy = (None if g is None else g[here] for g in (grad, grad_entropy))
+            token_gradient_(logits, labels[here], ctx.temperature, lse[here], entropy[here], of_logprob, of_entropy)
             if grad_hidden is not None:
-                grad_hidden[here] = grad_logits @ head
+                torch.mm(logits, head, out=grad_hidden[here])
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[here]
+                _add_product_(grad_weight, logits, hidden[here])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+def token_statistics(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of softmax(logits / temperature), every row: the label's log-probability, the entropy in nats, and the
+    log-sum-exp; logits [rows, vocabulary] in any float dtype -> three tensors [rows] in at least float32.
+
+    The division comes after the GEMM was rounded to the logits' dtype: as the rollout's sampler does.
+    """
+    if logits.is_cuda:
+        from infir2.kernels import logprob_triton
+
+        return logprob_triton.token_statistics(logits, labels, temperature)
+    scaled = _scaled(logits, temperature)
+    all_logprobs = scaled.log_softmax(dim=-1)
+    entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+    return all_logprobs.gather(1, labels[:, None]).squeeze(1), entropy, scaled.logsumexp(dim=-1)
+
+
+def token_gradient_(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    lse: Tensor,
+    entropy: Tensor,
+    grad: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> None:
+    """Overwrite logits [rows, vocabulary] by the gradient of sum(grad * logprob + grad_entropy * entropy), where those
+    are what ``token_statistics`` found, computed in at least float32; None stands for zeros.
+
+    d logprob[y] / d logits = 1[y] - p;  d entropy / d logits = -p (log p + entropy); both over temperature.
+    """
+    if logits.is_cuda:
+        from infir2.kernels import logprob_triton
+
+        logprob_triton.token_gradient_(logits, labels, temperature, lse, entropy, grad, grad_entropy)
+        return
+    all_logprobs = _scaled(logits, temperature) - lse[:, None]
+    probs = all_logprobs.exp()
+    gradient = torch.zeros_like(probs)
+    if grad_entropy is not None:
+        gradient -= grad_entropy[:, None] * probs * (all_logprobs + entropy[:, None])
+    if grad is not None:
+        gradient -= probs.mul_(grad[:, None])
+        gradient.scatter_add_(1, labels[:, None], grad[:, None].to(gradient.dtype))
+    logits.copy_(gradient.div_(temperature))
 
 
 def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
@@ -196,7 +234,5 @@ def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _scaled_logits(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
-    """In at least float32, divided after the GEMM was rounded to hidden's dtype: as the rollout's sampler does."""
-    logits = hidden @ head.T
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature

@@ -9,7 +9,7 @@ from torch import Tensor
 from infir2.fp8.convert import convert, refresh_weights
 from infir2.fp8.recipe import recipe_named
 from infir2.kernels import reference
-from infir2.kernels.logprob import softmax_gradient_
+from infir2.kernels.logprob import softmax_gradient_, token_gradient_, token_statistics
 from infir2.kernels.norm import norm_quantize, rms_norm
 from infir2.kernels.rows import encode_rows, quantize_rows
 from infir2.kernels.swiglu import swiglu_backward_quantize, swiglu_quantize
@@ -121,6 +121,30 @@ def test_softmax_gradient(vocabulary: int, dtype: torch.dtype) -> None:
     assert torch.allclose(nll.cpu(), expected, rtol=1e-5, atol=1e-5)
     assert torch.allclose(ours.cpu().float(), theirs.float(), rtol=1e-2, atol=1e-6)
     assert ours[5].eq(0).all()
+
+
+@pytest.mark.parametrize("given", ["both", "logprob", "entropy"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocabulary", [151_936, 8_192, 1_000])
+def test_token_statistics_and_their_gradient(vocabulary: int, dtype: torch.dtype, given: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(37, vocabulary, generator=generator) * torch.linspace(0.1, 30, 37)[:, None]
+    logits = logits.to(dtype)
+    labels = torch.randint(0, vocabulary, (37,), generator=generator)
+    ours = logits.cuda()
+    found = token_statistics(ours, labels.cuda(), 0.7)
+    exact = token_statistics(logits.double(), labels, 0.7)
+    for got, expected in zip(found, exact, strict=True):
+        assert torch.allclose(got.cpu().double(), expected, rtol=1e-5, atol=2e-5)
+    grads = torch.randn(2, 37, generator=generator)
+    grad, grad_entropy = (None if given == other else g for other, g in zip(("entropy", "logprob"), grads))
+    wide = logits.double()
+    token_gradient_(wide, labels, 0.7, exact[2], exact[1], grad, grad_entropy)
+    token_gradient_(
+        ours, labels.cuda(), 0.7, found[2], found[1], *(g if g is None else g.cuda() for g in (grad, grad_entropy))
+    )
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-4
+    assert torch.allclose(ours.cpu().double(), wide, rtol=tolerance, atol=1e-6)
 
 
 @pytest.mark.parametrize("keep", ["fp8", "bf16", "recompute"])
