@@ -84,7 +84,7 @@ def recipe(out: Path, precision: str, options: argparse.Namespace) -> RlConfig:
             "steps": options.steps,
             "global_batch": options.prompts * options.samples,
             "eval_every": 0,
-            "activation_checkpointing": "full",
+            "compile": options.compile,
         },
         "log": {"tensorboard": False},
     }
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument("--sequences", type=int, default=256, help="samples that run at once")
     parser.add_argument("--batch-tokens", type=int, default=16_384, help="tokens of one forward pass of the trainer")
+    parser.add_argument("--compile", action="store_true", help="compile the trainer's layers, as the recipes do")
     parser.add_argument("--steps", type=int, default=4, help="of each precision, the first of which is not counted")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -36,8 +36,23 @@ class Batch:
         lengths = self.cu_seqlens.diff().long()
         return int((lengths * (lengths + 1) // 2).sum())
 
+    def beginning(self, tokens: int) -> Self:
+        """The first ``tokens`` tokens of the first row, or as many whole rows as they suffice for."""
+        rows, length = self.labels.shape
+        kept, cut = max(1, min(rows, tokens // length)), min(tokens, length)
+        end = torch.tensor([kept * cut], dtype=self.cu_seqlens.dtype, device=self.cu_seqlens.device)
+        boundaries = torch.cat([self.cu_seqlens[self.cu_seqlens < end], end])
+        shorter: dict[str, Any] = {
+            name: value[:kept, :cut] for name, value in self.tensors().items() if value.shape == self.labels.shape
+        }
+        return replace(self, **shorter, cu_seqlens=boundaries, max_seqlen=int(boundaries.diff().max()))
+
     def to(self, device: torch.device | str) -> Self:
         """The same batch, of the same class, with every tensor on the device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors: dict[str, Any] = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in self.tensors().items()}
+        return replace(self, **moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors, by their names."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}

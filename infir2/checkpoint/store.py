@@ -149,19 +149,21 @@ class CheckpointStore:
                 return found
         raise CheckpointError(f"{text}: no checkpoint in it (looked for step-N folders here and in checkpoints/)")
 
-    def load(self, path: Path, tensors: Mapping[str, Any], ignore: Collection[str] = ()) -> dict[str, Any]:
+    def load(
+        self, path: Path, tensors: Mapping[str, Any], ignore: Collection[str] = (), cast: Collection[str] = ()
+    ) -> dict[str, Any]:
         """Verify checkpoint ``path``, copy it into ``tensors`` (a state dict of live tensors) and return its meta.
 
         Works across world sizes. ``ignore`` names top-level sections of the checkpoint (such as "optim") that may stay
-        unread. Raises CheckpointError, before any tensor is changed, if a file is damaged or if a key is missing,
-        unexpected or differs in shape or dtype.
+        unread, ``cast`` those in which one float dtype may be rounded to another. Raises CheckpointError, before any
+        tensor is changed, if a file is damaged or if a key is missing, unexpected or differs in shape or dtype.
         """
         self._join()
         path, flat = Path(path), flatten(tensors)
         if self._verified.get(path) != self._ranks.lead(lambda: _fingerprint(path)):
             self._require_intact(path)
         read: list[tuple[Metadata, dict[str, Any]]] = []
-        self._ranks.each(lambda: read.append(_read_index_and_meta(path, flat, ignore)))
+        self._ranks.each(lambda: read.append(_read_index_and_meta(path, flat, ignore, cast)))
         index, meta = read[0]
         reader = safe_reader.VerifiedReader(path, index)
         try:
@@ -366,15 +368,17 @@ def _fingerprint(path: Path) -> list[tuple[str, int, int, int]]:
 
 
 def _read_index_and_meta(
-    path: Path, flat: Mapping[str, Tensor], ignore: Collection[str]
+    path: Path, flat: Mapping[str, Tensor], ignore: Collection[str], cast: Collection[str]
 ) -> tuple[Metadata, dict[str, Any]]:
     entries = manifest.read(path)
     index = safe_reader.read_metadata(path, {name: entry.size for name, entry in entries.items()})
-    _account_for_keys(path, flat, index, ignore)
+    _account_for_keys(path, flat, index, ignore, cast)
     return index, read_meta(path)
 
 
-def _account_for_keys(path: Path, flat: Mapping[str, Tensor], index: Metadata, ignore: Collection[str]) -> None:
+def _account_for_keys(
+    path: Path, flat: Mapping[str, Tensor], index: Metadata, ignore: Collection[str], cast: Collection[str]
+) -> None:
     stored = index.state_dict_metadata
     ours, theirs = set(flat), {name for name in stored if name.partition(".")[0] not in ignore}
     lines = []
@@ -386,7 +390,8 @@ def _account_for_keys(path: Path, flat: Mapping[str, Tensor], index: Metadata, i
     for name in sorted(ours & stored.keys()):
         want = (list(flat[name].shape), flat[name].dtype)
         have = (list(stored[name].size), stored[name].properties.dtype)  # type: ignore[union-attr]
-        if want != have:
+        floats = want[1].is_floating_point and have[1].is_floating_point
+        if want != have and not (want[0] == have[0] and floats and name.partition(".")[0] in cast):
             differ.append(f"{name} {have[0]} {have[1]} (expected {want[0]} {want[1]})")
     if differ:
         lines.append(f"different shape or dtype: {_some(differ)}")

@@ -5,7 +5,7 @@ A mistake raises ConfigError with the file, the key and the nearest valid key. T
 beside the run with ``to_toml``. Nothing here imports torch: a recipe can be read where no accelerator library is.
 """
 
-from infir2.config.recipe_file import describe, load, parse, to_toml
+from infir2.config.recipe_file import changed, describe, load, parse, to_toml
 from infir2.config.rl import (
     PolicySection,
     RewardSection,
@@ -61,6 +61,7 @@ __all__ = [
     "SftInitSection",
     "TrainSection",
     "TrainingConfig",
+    "changed",
     "check_ramps",
     "describe",
     "load",

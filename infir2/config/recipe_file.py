@@ -20,13 +20,23 @@ def load(kind: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     Raises ConfigError, naming the file, the key and the nearest valid key.
     """
     table = _read_toml(Path(path))
-    changed = _apply_overrides(table, overrides)
+    written = _apply_overrides(table, overrides)
     try:
         return kind.model_validate(table)
     except pydantic.ValidationError as error:
         key = ".".join(str(part) for part in error.errors(include_url=False)[0]["loc"])
-        where = "command line" if any(word == key or word.startswith(f"{key}.") for word in changed) else str(path)
+        where = "command line" if any(word == key or word.startswith(f"{key}.") for word in written) else str(path)
         raise ConfigError(f"{where}: {_explain(kind, error)}") from None
+
+
+def changed(config: C, overrides: Sequence[str]) -> C:
+    """The configuration with dotted overrides, as ``load`` takes them. Raises ConfigError."""
+    table = config.model_dump()
+    _apply_overrides(table, overrides)
+    try:
+        return type(config).model_validate(table)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"command line: {_explain(type(config), error)}") from None
 
 
 def parse(kind: type[C], text: str, name: str) -> C:
@@ -72,7 +82,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _apply_overrides(table: dict[str, Any], overrides: Sequence[str]) -> set[str]:
     """Write ``--section.key value`` (or ``--section.key=value``) pairs into the table; returns the keys written."""
-    words, changed = list(overrides), set()
+    words, written = list(overrides), set()
     while words:
         flag, equals, text = words.pop(0).partition("=")
         if not flag.startswith("--") or len(flag) < 3:
@@ -88,8 +98,8 @@ def _apply_overrides(table: dict[str, Any], overrides: Sequence[str]) -> set[str
             if not isinstance(place, dict):
                 raise ConfigError(f"command line: {flag}: {section} is a value, not a section")
         place[key] = _toml_value(text)
-        changed.add(".".join([*sections, key]))
-    return changed
+        written.add(".".join([*sections, key]))
+    return written
 
 
 def _toml_value(text: str) -> Any:

@@ -72,7 +72,7 @@ def world(replicate: int = 1, timeout_minutes: float = 30.0) -> Iterator[World]:
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # Memory that grows in place: without, a CUDA graph's pool of a long sequence takes a third more than is used at once.
+    # Memory that grows in place: else a CUDA graph's pool of a long sequence takes a third more than is used at once.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     device = torch.device("cuda", local_rank)

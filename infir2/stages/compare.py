@@ -2,19 +2,21 @@
 
 For every seed the recipe is trained once in each precision, with the same first weights and the same batches. The
 answer is the mean relative difference of the final held-out losses with a 95 % confidence interval over the seeds.
-Finished runs are not repeated; an interrupted one is resumed.
+Finished runs are not repeated; an interrupted one is resumed. Other keys of the recipe can differ too:
+`--precisions hybrid hybrid+optim.moments=bfloat16`.
 """
 
 import argparse
 import json
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from infir2.config import CptConfig, Fp8Section, load
+from infir2.config import CptConfig, Fp8Section, changed, load
 from infir2.errors import ConfigError
 
 ACCEPTS_OVERRIDES = True
@@ -26,9 +28,9 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a CPT recipe; its run key names the folder")
     parser.add_argument(
-        "--precisions", nargs="+", default=["bf16", "blockwise", "hybrid"], metavar="NAME",
-        choices=get_args(Fp8Section.model_fields["recipe"].annotation),
-        help="FP8 recipes to compare; the first is the baseline (bf16 blockwise hybrid)",
+        "--precisions", nargs="+", default=["bf16", "blockwise", "hybrid"], type=_precision, metavar="NAME[+KEY=VALUE]",
+        help="FP8 recipes to compare, each perhaps with other keys of the recipe changed; the first is the baseline "
+        "(bf16 blockwise hybrid)",
     )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=_seed, default=[1, 2, 3], metavar="N", help="seeds (1 2 3)")
     parser.add_argument("--json", type=Path, help="also write the result here")
@@ -47,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     config = load(CptConfig, args.recipe, args.overrides)
     if not config.train.eval_every:
         raise ConfigError(f"{args.recipe}: train.eval_every is 0, but the held-out loss is what is compared")
+    for name in args.precisions:
+        variant(config, name, args.seeds[0])  # a mistake in any of them is told before the first run
     with world(config.parallel.replicate) as here:
         for seed in args.seeds:
             for name in args.precisions:
@@ -81,7 +85,7 @@ def summarise(folder: Path, precisions: Sequence[str], seeds: Sequence[int]) -> 
 
     A run that did not reach the last step of the longest one is left out, and with it its pair.
     """
-    curves = {name: {seed: _curve(folder / f"{name}-seed{seed}") for seed in seeds} for name in precisions}
+    curves = {name: {seed: _curve(_run_folder(folder, name, seed)) for seed in seeds} for name in precisions}
     last = max((step for runs in curves.values() for curve in runs.values() for step in curve["step"]), default=0)
     finals: dict[str, dict[int, float]] = {
         name: {seed: c["held_out"][-1][1] for seed, c in runs.items() if c["held_out"] and c["held_out"][-1][0] == last}
@@ -109,13 +113,34 @@ def _curve(run: Path) -> dict[str, list]:
 
 
 def variant(config: CptConfig, precision: str, seed: int) -> CptConfig:
-    """The recipe in one precision, with one seed, in a folder of its own."""
-    table: dict[str, Any] = config.model_dump()
-    table["fp8"]["recipe"] = precision
-    table["fp8"]["head"] &= precision != "bf16"  # which has no FP8 head
-    table["train"]["seed"] = seed
-    table["run"] = str(Path(config.run) / f"{precision}-seed{seed}")
-    return CptConfig.model_validate(table)
+    """The recipe in one precision, as the command line names it, with one seed, in a folder of its own."""
+    name, *changes = _CHANGE.split(precision)
+    head = config.fp8.head and name != "bf16"  # which has no FP8 head
+    table = {"fp8.recipe": name, "fp8.head": json.dumps(head), "train.seed": seed}
+    words = [f"--{key}={value}" for key, value in table.items()]
+    words += [f"--{change}" for change in changes]
+    return changed(config, [*words, f"--run={json.dumps(str(_run_folder(Path(config.run), precision, seed)))}"])
+
+
+# Between a precision's name and the keys that are changed with it; a number such as 1e+5 holds a plus as well.
+_CHANGE = re.compile(r"\+(?=[a-z][a-z0-9_]*\.)")
+
+
+def _precision(text: str) -> str:
+    name, *changes = _CHANGE.split(text)
+    names = get_args(Fp8Section.model_fields["recipe"].annotation)
+    if name not in names:
+        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(names)})")
+    for change in changes:
+        if change.partition("=")[0] == "train.seed" or "=" not in change:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: expected +section.key=value after {name}; seeds have an option"
+            )
+    return text
+
+
+def _run_folder(folder: Path, precision: str, seed: int) -> Path:
+    return folder / f"{precision.replace('/', '_')}-seed{seed}"
 
 
 @dataclass(frozen=True)

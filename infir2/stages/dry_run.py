@@ -4,12 +4,16 @@ from dataclasses import dataclass
 
 import torch
 
-from infir2.config import TrainingConfig, to_toml
+from infir2.config import TrainingConfig, TrainSection, to_toml
+from infir2.fp8.linear import Fp8Linear
 from infir2.model.config import ModelConfig
 from infir2.model.transformer import CausalLM
+from infir2.stages.kept_activations import kept_by_layers
 from infir2.stages.training import convert_as
 
 GIB = 2.0**30
+_CHUNK_LOGITS = 2**28  # as infir2.kernels.logprob cuts them
+_BACKWARD = "one layer's backward pass"
 
 
 @dataclass(frozen=True)
@@ -26,46 +30,92 @@ class Workload:
 def describe_run(config: TrainingConfig, architecture: ModelConfig, world_size: int, work: Workload) -> str:
     """Text for people."""
     with torch.device("meta"):
-        model = CausalLM(architecture)
+        model = CausalLM(architecture, getattr(torch, config.model.dtype))
     report = convert_as(model, config.fp8)
-    parts = memory_estimate(config, architecture, world_size, work.micro_batch_tokens)
+    memory = estimate_memory(config, model, world_size, work.micro_batch_tokens)
     lines = [
         to_toml(config),
         f"parameters: {architecture.num_parameters():,}",
         f"tokens: {work.tokens:,} in {work.steps:,} steps of {config.train.global_batch} sequences",
         str(report),
         f"memory of one of {world_size} process(es), estimated:",
-        *(f"  {name:<42} {size / GIB:8.2f} GiB" for name, size in parts.items()),
-        f"  {'together':<42} {sum(parts.values()) / GIB:8.2f} GiB",
+        *(f"  {name:<52} {size / GIB:8.2f} GiB" for name, size in (memory.lasting | memory.passing).items()),
+        f"  {'gradients (float32)':<52} {memory.gradients / GIB:8.2f} GiB",
+        f"  {memory.together:<52} {memory.peak / GIB:8.2f} GiB",
     ]
     return "\n".join(lines)
 
 
-def memory_estimate(
-    config: TrainingConfig, architecture: ModelConfig, world_size: int, tokens: int
-) -> dict[str, float]:
-    """Bytes on one device by what they hold, with ``tokens`` in a forward pass.
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device by what they hold."""
 
-    States are exact; activations are counted a token and a layer.
+    lasting: dict[str, float]
+    """What is there all the time."""
+    passing: dict[str, float]
+    """What a forward and backward pass needs."""
+    gradients: float
+    accumulates: bool
+    """Whether a step has several micro-batches: all but the first meet the gradients of those before."""
+
+    @property
+    def peak(self) -> float:
+        lasting, passing = sum(self.lasting.values()), sum(self.passing.values())
+        if self.accumulates:
+            return lasting + passing + self.gradients
+        return lasting + max(passing, self.gradients + self.passing[_BACKWARD])
+
+    @property
+    def together(self) -> str:
+        return "together" if self.accumulates else "together (gradients come as activations go)"
+
+
+def estimate_memory(config: TrainingConfig, model: CausalLM, world_size: int, tokens: int) -> Memory:
+    """Of a converted model on the meta device, with ``tokens`` in a forward pass.
+
+    States are exact, and what layers keep is counted; their backward pass and the head's work are rough.
     """
-    parameters = architecture.num_parameters()
-    shards = world_size // config.parallel.replicate
-    is_fp8 = config.fp8.recipe != "bf16"
-    hidden, inner, layers = architecture.hidden_size, architecture.intermediate_size, architecture.num_hidden_layers
-    projected = (architecture.num_attention_heads + 2 * architecture.num_key_value_heads) * architecture.head_dim
-    # Saved for the backward pass by one layer, in bytes a token: the inputs of the linears (one byte each in FP8) and
-    # what norms, rotary positions, attention and SwiGLU keep in the compute dtype.
-    width = torch.finfo(getattr(torch, config.model.dtype)).bits // 8
-    linear_inputs = (1 if is_fp8 else width) * (3 * hidden + 2 * hidden + inner + hidden)
-    others = width * (6 * hidden + 2 * projected + 2 * hidden + 4 * inner)
-    one_layer = tokens * (linear_inputs + others)
-    kept = layers * tokens * hidden * width if config.train.activation_checkpointing == "full" else layers * one_layer
-    working = one_layer if config.train.activation_checkpointing == "full" else 0
-    return {
+    parameters, shards = model.config.num_parameters(), world_size // config.parallel.replicate
+    train = config.train
+    one_batch = isinstance(train, TrainSection) and train.global_batch <= train.micro_batch * world_size
+    moments = config.optim.moments
+    lasting = {
         "master weights (float32)": 4.0 * parameters / shards,
-        "gradients (float32)": 4.0 * parameters / shards,
-        "AdamW moments (float32)": 8.0 * parameters / shards,
-        "FP8 weights": float(parameters - architecture.vocab_size * hidden) if is_fp8 else 0.0,
-        "activations": float(kept + working),
-        "logits of one chunk and the head's gradient": 2.0**30 + 6.0 * architecture.vocab_size * hidden,
+        f"AdamW moments ({moments})": (8.0 if moments == "float32" else 4.0) * parameters / shards,
+        "FP8 weights": float(sum(_fp8_bytes(module) for module in model.modules() if isinstance(module, Fp8Linear))),
     }
+    if shards > 1:
+        lasting["gathered weights"] = _gathered(config, model)
+    # FSDP2 adds up whole gradients until the last micro-batch of a step.
+    whole = shards == 1 or not one_batch
+    gradients = 4.0 * parameters / (1 if whole else shards)
+    return Memory(lasting, _passing(config, model, tokens), gradients, accumulates=not one_batch)
+
+
+def _passing(config: TrainingConfig, model: CausalLM, tokens: int) -> dict[str, float]:
+    shape, width = model.config, torch.finfo(model.model.compute_dtype).bits // 8
+    kept = kept_by_layers(model, tokens, config.train.compile)
+    recomputed = config.train.activation_checkpointing == "full"
+    # In the backward pass of an MLP: the gradients of its inner activations, and the operands of its GEMMs.
+    working = 8 * tokens * shape.intermediate_size + (max(kept) if recomputed else 0)
+    # The head's weight in the compute dtype, or its FP8 codes and their transpose; its float32 gradient; some logits.
+    weight = 2 if config.fp8.head else width
+    head = (weight + 4) * shape.vocab_size * shape.hidden_size + (width + config.fp8.head) * _CHUNK_LOGITS
+    return {
+        "activations": float(len(kept) * tokens * shape.hidden_size * width if recomputed else sum(kept)),
+        _BACKWARD: float(working),
+        "output head (FP8)" if config.fp8.head else "output head": float(head),
+    }
+
+
+def _fp8_bytes(linear: Fp8Linear) -> int:
+    """Codes, and those of the transpose where they are not the same; scales are next to nothing."""
+    return linear.weight.numel() * (1 if linear.recipe.weight_transposes else 2)
+
+
+def _gathered(config: TrainingConfig, model: CausalLM) -> float:
+    """What FSDP2 holds of whole weights: embedding and head, and two layers, or all where they are not let go."""
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    outside = model.config.num_parameters() - sum(layers)
+    width = torch.finfo(getattr(torch, config.parallel.gather_dtype)).bits // 8
+    return float(width * (outside + sum(layers[:2] if config.parallel.reshard_after_forward else layers)))

@@ -4,9 +4,8 @@ Launching the kernels of a small or fast layer from Python can take longer than 
 of a micro-batch's at once, forward and backward. The kernels, their order and so the bits are those of the eager pass.
 """
 
-import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ class _Recorded:
     results: Mapping[str, Tensor]
 
     def replay(self, batch: Batch, divisor: Tensor) -> Mapping[str, Tensor]:
-        for name, place in _tensors(self.batch).items():
+        for name, place in self.batch.tensors().items():
             place.copy_(getattr(batch, name), non_blocking=True)
         self.divisor.copy_(divisor)
         self.graph.replay()
@@ -81,16 +80,6 @@ class Graphs:
             self._attach()
             torch._foreach_zero_([g for g in self._gradients if g is not None])
 
-    def release(self) -> None:
-        """Forget what was recorded and free its memory; the next micro-batches are recorded anew."""
-        self._recorded.clear()
-        self._gradients = None
-        for parameter in self._parameters:
-            parameter.grad = None
-        gc.collect()
-        torch.cuda.empty_cache()
-        self._pool = torch.cuda.graph_pool_handle()
-
     def _run(self, kind: str, work: Work, batch: Batch, divisor: Tensor) -> Mapping[str, Tensor]:
         key = (kind, *_shape(batch))
         if key not in self._recorded:
@@ -101,7 +90,7 @@ class Graphs:
         return self._recorded[key].replay(batch, divisor)
 
     def _record(self, work: Work, batch: Batch, divisor: Tensor) -> _Recorded:
-        copies: dict[str, Any] = {name: value.clone() for name, value in _tensors(batch).items()}
+        copies: dict[str, Any] = {name: value.clone() for name, value in batch.tensors().items()}
         places = replace(batch, **copies)
         divisor = divisor.clone()
         graph = torch.cuda.CUDAGraph()
@@ -139,11 +128,6 @@ def evened(batch: Batch) -> Batch:
     return replace(batch, cu_seqlens=pad(batch.cu_seqlens, (0, missing), value=rows * length), max_seqlen=length)
 
 
-def _tensors(batch: Batch) -> dict[str, Tensor]:
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-
 def _shape(batch: Batch) -> tuple[Any, ...]:
     """What two micro-batches must share to be the same graph's."""
-    return (batch.max_seqlen, *((name, tuple(value.shape), value.dtype) for name, value in _tensors(batch).items()))
+    return (batch.max_seqlen, *((name, tuple(value.shape), value.dtype) for name, value in batch.tensors().items()))

@@ -28,6 +28,8 @@ from infir2.train.peak import peak_tflops
 from infir2.train.step import AttentionFor, Objective, StepResult, cross_entropy, train_step, trial_pass
 from infir2.types import Batch
 
+_HEALTH_TOKENS = 4096  # millions of elements of every operand: enough to look at, and a pass that is soon over
+
 
 @dataclass
 class Progress:
@@ -212,23 +214,19 @@ class _Meter:
 def _fp8_health(
     model: nn.Module, batch: Batch, world: World, callbacks: Callbacks, graphs: Graphs | None
 ) -> dict[str, dict[str, float]]:
-    """FP8 health of every layer on one micro-batch of this rank.
+    """FP8 health of every layer on the beginning of one micro-batch of this rank.
 
     Measured in a pass of its own, outside compiled code and graphs: training takes the same course whether it is
-    watched or not. Where the memory does not suffice beside that of the graphs, they are recorded anew afterwards.
+    watched or not.
     """
-    while True:
-        try:
-            if graphs is not None:
-                graphs.attach_zeros()
-            with torch.compiler.set_stance("force_eager"), measure(model) as health:
-                trial_pass(model, batch, world, callbacks.attention_for, callbacks.objective)
-            return health.layers()
-        except torch.OutOfMemoryError:
-            if graphs is None:
-                raise
-        graphs.release()
-        graphs = None
+    beginning = batch.beginning(_HEALTH_TOKENS)
+    if graphs is not None:
+        graphs.attach_zeros()
+    with torch.compiler.set_stance("force_eager"), measure(model) as health:
+        trial_pass(
+            model, beginning if beginning.valid_tokens else batch, world, callbacks.attention_for, callbacks.objective
+        )
+    return health.layers()
 
 
 @contextmanager

@@ -65,6 +65,7 @@ FLOAT32 = {"model.dtype": "float32"}
     [
         # One micro-batch a process: both add the same two gradients, and every bit is the same.
         (FLOAT32 | {"train.global_batch": 4}, {}, 1e-12),
+        (FLOAT32 | {"train.global_batch": 4, "optim.moments": "bfloat16"}, {}, 1e-12),
         # Two: the sum of four gradients depends on the order by its last bit. (With FP8 and float32 activations that
         # bit moves a code to its neighbour sooner or later, and the losses are some 1e-5 apart.)
         (FLOAT32 | {"fp8.recipe": "bf16"}, {"parallel.replicate": 2}, 1e-6),

@@ -94,19 +94,3 @@ def test_graphs_give_the_same_bits(recipe: str, checkpointing: bool, compiled: b
     assert [(r.loss, r.grad_norm) for r in recorded[0]] == [(r.loss, r.grad_norm) for r in plain[0]]
     assert recorded[1] == plain[1]
     assert all(torch.equal(recorded[2][name], plain[2][name]) for name in plain[2])
-
-
-def test_released_graphs_are_recorded_anew() -> None:
-    model = build("hybrid", False, False)
-    graphs = Graphs(model)
-    optimizer = build_optimizer(model, OptimSection(lr=1e-3))
-    losses = []
-    for number in range(6):
-        result = train_step(model, optimizer, made(1, False), world(), document_attention, 1.0, graphs=graphs)
-        assert result is not None
-        losses.append(result.loss)
-        if number == 3:
-            graphs.release()
-            assert not graphs._recorded
-    assert graphs._recorded
-    assert losses == sorted(losses, reverse=True)

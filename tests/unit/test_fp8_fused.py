@@ -1,12 +1,14 @@
 """The fused pieces of a decoder layer: the same codes, outputs and gradients as its single layers."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from infir2.fp8 import group as group_module
+from infir2.fp8 import health as health_module
 from infir2.fp8.convert import convert, refresh_weights
 from infir2.fp8.fused import MlpActivations
 from infir2.fp8.health import measure
@@ -124,6 +126,23 @@ def test_health_of_fused_layers_is_that_of_single_ones() -> None:
     assert len(rows[0]) == 14
     for name, row in rows[0].items():
         assert row == pytest.approx(rows[1][name], rel=1e-2, abs=1e-4), name
+
+
+def test_health_reads_every_operand_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Tensor] = []
+    true = health_module.fidelity
+
+    def noting(values: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+        read.append(codes)
+        return true(values, codes, *rest)
+
+    monkeypatch.setattr(health_module, "fidelity", noting)
+    model = build("hybrid", fused=True)
+    with measure(model) as health:
+        run(model)
+    assert len(health.layers()) == 14
+    # A layer: seven weights, seven gradients, and four inputs (q, k and v read one, gate and up another).
+    assert len(read) == 2 * (7 + 7 + 4)
 
 
 def test_a_nan_reaches_the_gradients() -> None:

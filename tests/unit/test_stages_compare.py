@@ -43,6 +43,10 @@ def test_quantiles_of_t(freedom: int, quantile: float) -> None:
         (("--seeds", "1", "2", "1"), "--seeds: 1 2 1: one is named twice"),
         (("--precisions", "bf16", "bf16"), "--precisions: bf16 bf16: one is named twice"),
         (("--seeds", str(2**63)), "is not a whole number from 0 to 2^63 - 1"),
+        (("--precisions", "bf16+optim.moments"), "expected +section.key=value after bf16"),
+        (("--precisions", "bf16", "bf16+train.seed=3"), "expected +section.key=value after bf16; seeds have an option"),
+        (("--precisions", "bf16", "bf16+optim.momentum=1"), "command line: optim.momentum: unknown key."),
+        (("--precisions", "bf16", "bf16+optim.moments=fp8"), "command line: optim.moments: input should be 'float32'"),
     ],
 )
 def test_mistakes_are_told(
@@ -70,6 +74,24 @@ def test_variants_differ_in_precision_seed_and_folder_alone() -> None:
     assert (one.fp8.recipe, other.fp8.recipe, one.train.seed) == ("bf16", "hybrid", 3)
     assert one.data == other.data
     assert one.optim == other.optim
+
+
+def test_other_keys_can_differ_as_well() -> None:
+    config = CptConfig.model_validate(
+        {
+            "run": "runs/x",
+            "model": {"preset": "tiny"},
+            "data": {"seq_len": 8, "sources": {"a/b": 1}},
+            "optim": {"lr": 1e-3},
+            "train": {"steps": 2, "global_batch": 1},
+        }
+    )
+    plain, other = variant(config, "hybrid", 3), variant(config, "hybrid+optim.moments=bfloat16+optim.lr=1e+0", 3)
+    assert (other.fp8.recipe, other.optim.moments, other.optim.lr) == ("hybrid", "bfloat16", 1.0)
+    assert other.run == "runs/x/hybrid+optim.moments=bfloat16+optim.lr=1e+0-seed3"
+    assert other.train == plain.train
+    assert other.data == config.data
+    assert variant(config, "bf16+init.checkpoint=runs/base", 3).run == "runs/x/bf16+init.checkpoint=runs_base-seed3"
 
 
 def test_an_fp8_head_is_compared_with_a_bf16_one() -> None:
