@@ -2,9 +2,9 @@
 
     python bench/demo_kill.py runs/demo runs/demo_killed RESULT.json
 
-`infir2 demo` runs to its end in the first folder, unless it has done so already. Then it runs in the second, and while
-each stage runs, after a third to two thirds of the time that it took before, the whole process group gets SIGKILL and
-the same command is given again.
+`infir2 demo --size tiny` runs to its end in the first folder, unless it has done so already. Then it runs in the
+second, and while each stage runs, after a third to two thirds of the time that it took before, the whole process group
+gets SIGKILL and the same command is given again.
 Compared are every step's loss, gradient norm and reward, every held-out result, the evaluation, and the exported
 weights, byte for byte.
 """
@@ -29,7 +29,7 @@ NUMBERS = ("loss", "grad_norm", "reward", "entropy", "response_length", "eval_lo
 
 def start(folder: Path) -> subprocess.Popen:
     log = (folder.parent / f"{folder.name}.log").open("ab")
-    command = [sys.executable, "-m", "infir2", "demo", "--out", str(folder)]
+    command = [sys.executable, "-m", "infir2", "demo", "--size", "tiny", "--out", str(folder)]
     return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 

