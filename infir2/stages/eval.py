@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from infir2.stages.serve import KEY_VARIABLE
 if TYPE_CHECKING:
     from infir2.evaluate.respond import Responder
     from infir2.evaluate.score import Paired, Sample, TaskScore
+    from infir2.reward.score import Scorer
 
 __doc__ = (__doc__ or "").replace("{tasks}", HELP)
 Task = Benchmark | LocalTask
@@ -78,10 +79,11 @@ def run(args: argparse.Namespace) -> int:
     python = find_evalscope(args.evalscope_python) if any(isinstance(task, Benchmark) for task in tasks) else None
     environment_now = environment()
     samples: dict[str, Samples] = {}
-    for text, name in zip(args.models, names):
-        samples[name] = _evaluate(args, text, name, tasks, python, console)
-        for task in tasks:
-            _write_samples(args.out / name / f"{_file_name(task.name)}.jsonl", samples[name][task.name])
+    with closing(_Scorers(args.unsafe_code_exec)) as scorers:
+        for text, name in zip(args.models, names):
+            samples[name] = _evaluate(args, text, name, tasks, python, console, scorers)
+            for task in tasks:
+                _write_samples(args.out / name / f"{_file_name(task.name)}.jsonl", samples[name][task.name])
     scores = {name: {task.name: summarise(samples[name][task.name]) for task in tasks} for name in names}
     pairs = {}
     if args.paired:
@@ -113,8 +115,34 @@ def _names(args: argparse.Namespace) -> list[str]:
     return [f"{name}-{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
 
 
+class _Scorers:
+    """The scorer of each grader, made when it is first needed: its processes start once for all models and tasks."""
+
+    def __init__(self, unsafe_code_exec: bool) -> None:
+        self._unsafe_code_exec = unsafe_code_exec
+        self._made: dict[str, Scorer] = {}
+
+    def of(self, task: LocalTask) -> "Scorer":
+        from infir2.reward.dispatch import reward_for
+
+        if task.grader not in self._made:
+            options = {"unsafe_code_exec": self._unsafe_code_exec} if task.grader == "code" else {}
+            self._made[task.grader] = reward_for(task.grader, **options)
+        return self._made[task.grader]
+
+    def close(self) -> None:
+        for scorer in self._made.values():
+            scorer.close()
+
+
 def _evaluate(
-    args: argparse.Namespace, text: str, name: str, tasks: list[Task], python: Path | None, console: Console
+    args: argparse.Namespace,
+    text: str,
+    name: str,
+    tasks: list[Task],
+    python: Path | None,
+    console: Console,
+    scorers: _Scorers,
 ) -> Samples:
     """All tasks of one model: local ones in this process, benchmarks through a server."""
     from infir2.evaluate.harness import Endpoint, Settings, prepare, run_benchmarks
@@ -129,9 +157,10 @@ def _evaluate(
         staged = prepare(benchmarks, settings, folder)  # what is missing shows before a model is loaded
     found: Samples = {}
     if local and args.api_url:
-        found |= _local(args, local, ApiResponder(args.api_url, key, text, args.concurrency), name, console)
+        responder = ApiResponder(args.api_url, key, text, args.concurrency)
+        found |= _local(args, local, responder, name, console, scorers)
     elif local:
-        found |= _in_process(args, text, local, name, console)
+        found |= _in_process(args, text, local, name, console, scorers)
     if python is not None:
         with _endpoint(args, text, key, console) as (url, api_key, model):
             endpoint = Endpoint(url, api_key, model, url if args.api_url else _weights_identity(text))
@@ -140,12 +169,14 @@ def _evaluate(
     return found
 
 
-def _in_process(args: argparse.Namespace, text: str, tasks: list[LocalTask], name: str, console: Console) -> Samples:
+def _in_process(
+    args: argparse.Namespace, text: str, tasks: list[LocalTask], name: str, console: Console, scorers: _Scorers
+) -> Samples:
     """Local tasks with an engine of this process, whose memory is given back for the next model or the server."""
     import torch
 
     try:
-        return _local(args, tasks, _engine_responder(args, text, console), name, console)
+        return _local(args, tasks, _engine_responder(args, text, console), name, console, scorers)
     finally:
         gc.collect()
         if torch.cuda.is_available():
@@ -153,21 +184,20 @@ def _in_process(args: argparse.Namespace, text: str, tasks: list[LocalTask], nam
 
 
 def _local(
-    args: argparse.Namespace, tasks: list[LocalTask], responder: "Responder", name: str, console: Console
+    args: argparse.Namespace,
+    tasks: list[LocalTask],
+    responder: "Responder",
+    name: str,
+    console: Console,
+    scorers: _Scorers,
 ) -> Samples:
     from infir2.evaluate.local import run_local_task
-    from infir2.reward.dispatch import reward_for
 
     found: Samples = {}
     for task in tasks:
-        options = {"unsafe_code_exec": args.unsafe_code_exec} if task.grader == "code" else {}
-        scorer = reward_for(task.grader, **options)
-        try:
-            with _progress(console, f"{name}: {task.name}") as progress:
-                problems = problems_of(task, args.limit)
-                found[task.name] = run_local_task(task, problems, responder, scorer, args.seed, progress)
-        finally:
-            scorer.close()
+        with _progress(console, f"{name}: {task.name}") as progress:
+            problems = problems_of(task, args.limit)
+            found[task.name] = run_local_task(task, problems, responder, scorers.of(task), args.seed, progress)
     return found
 
 
