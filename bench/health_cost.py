@@ -146,7 +146,7 @@ def main() -> None:
     )
     parser.add_argument("--precision", default="hybrid", help="FP8 recipe (%(default)s)")
     parser.add_argument("--tokens", type=int, help="tokens of a short pass (4096; with --check 64)")
-    parser.add_argument("--checkpointing", choices=("none", "full"), default="none", help="(%(default)s)")
+    parser.add_argument("--checkpointing", choices=("none", "attention", "full"), default="none", help="(%(default)s)")
     parser.add_argument("--eager", action="store_true", help="steps without CUDA graphs")
     parser.add_argument("--repeats", type=int, default=5, help="timed repetitions (%(default)s)")
     parser.add_argument("--check", action="store_true", help="a tiny shape, to see that everything runs")

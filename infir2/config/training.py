@@ -153,8 +153,9 @@ class LoopSection(Section):
     """Checkpoints at multiples of this step are never deleted (for decay runs); 0 = none."""
     async_save: bool = True
     """Write checkpoints in the background."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full = keep only each decoder layer's input and recompute the layer in the backward pass."""
+    activation_checkpointing: Literal["none", "attention", "full"] = "none"
+    """full = keep only each decoder layer's input and recompute the layer in the backward pass; attention = keep the
+    inputs and the output of attention as well, which takes longest to recompute where sequences are long."""
     compile: bool = False
     """torch.compile every decoder layer."""
     deterministic: bool = False

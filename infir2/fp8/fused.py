@@ -59,33 +59,33 @@ class FusedProjections:
     def __init__(self, linears: list[Fp8Linear]) -> None:
         self.group = LinearGroup(linears)
 
-    def __call__(self, hidden: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, ...]:
-        """hidden [..., features] -> one tensor [..., out_features] a linear, biases added."""
+    def __call__(self, hidden: Tensor, norm_weight: Tensor, eps: float) -> tuple[tuple[Tensor, ...], Tensor]:
+        """hidden [..., features] -> one tensor [..., out_features] a linear, biases added, and hidden, as ``fork``."""
         group, operand = self.group, self.group.operand()
         group.measure_weights()
         measured = group if any(linear.health is not None for linear in group.linears) else None
-        flat = hidden.flatten(0, -2)
-        y = _Projections.apply(
-            flat, norm_weight, eps, operand.codes, operand.scale, group.recipe, torch.is_grad_enabled(), measured,
-            *group.weights,
+        y, stream = _Projections.apply(
+            hidden.flatten(0, -2), norm_weight, eps, operand.codes, operand.scale, group.recipe,
+            torch.is_grad_enabled(), measured, *group.weights,
         )  # fmt: skip
-        return group.outputs(y.unflatten(0, hidden.shape[:-1]))
+        return group.outputs(y.unflatten(0, hidden.shape[:-1])), stream.view(hidden.shape)
 
 
 class FusedMlp:
-    """RMSNorm, gate and up in one GEMM, SwiGLU and down."""
+    """RMSNorm, gate and up in one GEMM, SwiGLU and down, and the residual additions before and after them."""
 
     def __init__(self, gate: Fp8Linear, up: Fp8Linear, down: Fp8Linear, keep: MlpActivations) -> None:
         self.group, self.down, self.keep = LinearGroup([gate, up]), LinearGroup([down]), keep
 
-    def __call__(self, hidden: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
-        """hidden [..., features] -> the same."""
+    def __call__(self, hidden: Tensor, update: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
+        """x + mlp(x) of x = hidden + update, all [..., features]."""
         gate_up, down = self.group.operand(), self.down.operand()
         self.group.measure_weights()
         self.down.measure_weights()
         measured = self if any(linear.health is not None for linear in self.group.linears) else None
         y = _Mlp.apply(
-            hidden.flatten(0, -2), norm_weight, eps, gate_up.codes, gate_up.scale, down.codes, down.scale,
+            hidden.flatten(0, -2), update.flatten(0, -2), norm_weight, eps,
+            gate_up.codes, gate_up.scale, down.codes, down.scale,
             self.group.recipe, self.keep, torch.is_grad_enabled(), measured, *self.group.weights, *self.down.weights,
         )  # fmt: skip
         return y.unflatten(0, hidden.shape[:-1])
@@ -96,58 +96,54 @@ class _Projections(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, w_codes: Tensor, w_scale: Tensor, recipe: Recipe,
         training: bool, measured: LinearGroup | None, *weights: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         padded = pad_tokens(x)
-        codes, scale, amax, rstd = norm_quantize(padded, norm_weight, eps, training and recipe.channel_wgrad)
+        codes, scale, amax, _ = norm_quantize(padded, norm_weight, eps, training and recipe.channel_wgrad)
         if measured is not None:
             _measure_input(measured, rms_norm(padded, norm_weight, eps), codes, scale)
-        ctx.save_for_backward(padded, norm_weight, rstd, codes, scale, amax, w_codes, w_scale)
-        ctx.recipe, ctx.measured, ctx.rows = recipe, measured, x.shape[0]
+        ctx.save_for_backward(x, norm_weight, codes, scale, amax, w_codes, w_scale)
+        ctx.recipe, ctx.measured, ctx.eps = recipe, measured, eps
         ctx.sizes, ctx.dtype = [weight.shape[0] for weight in weights], weights[0].dtype
-        return scaled_mm(codes, scale, "tile", w_codes, w_scale, "block", x.dtype)[: x.shape[0]]
+        return scaled_mm(codes, scale, "tile", w_codes, w_scale, "block", x.dtype)[: x.shape[0]], x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, norm_weight, rstd, *x_saved, w_codes, w_scale = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, residual: Tensor) -> tuple[Any, ...]:
+        x, norm_weight, *x_saved, w_codes, w_scale = ctx.saved_tensors
         g = pad_tokens(grad)
         g_saved = quantize_rows(g, ctx.recipe.channel_wgrad)
         if ctx.measured is not None:
             _measure_gradient(ctx.measured, g, g_saved[0], g_saved[1], ctx.sizes)
         normed = _input_gradient(g_saved[0], g_saved[1], w_codes, w_scale, grad.dtype)
-        dx, d_norm = rms_norm_backward(normed, x, norm_weight, rstd)
+        dx, d_norm = rms_norm_backward(normed[: x.shape[0]], x, residual, norm_weight, ctx.eps)
         dw = _split_gradient(g_saved, x_saved, ctx.recipe, ctx.dtype, ctx.sizes, any(ctx.needs_input_grad[8:]))
-        return dx[: ctx.rows], d_norm, None, None, None, None, None, None, *dw
+        return dx, d_norm, None, None, None, None, None, None, *dw
 
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm_weight: Tensor, eps: float,
+        ctx: Any, hidden: Tensor, update: Tensor, norm_weight: Tensor, eps: float,
         w_codes: Tensor, w_scale: Tensor, down_codes: Tensor, down_scale: Tensor,
         recipe: Recipe, keep: MlpActivations, training: bool, measured: FusedMlp | None, *weights: Tensor,
     ) -> Tensor:  # fmt: skip
-        padded = pad_tokens(x)
-        codes, scale, amax, rstd = norm_quantize(padded, norm_weight, eps, training and recipe.channel_wgrad)
-        gate_up = scaled_mm(codes, scale, "tile", w_codes, w_scale, "block", x.dtype)
+        rows, amax = hidden.shape[0], training and recipe.channel_wgrad
+        *x_saved, x = norm_quantize(pad_tokens(hidden), norm_weight, eps, amax, pad_tokens(update))
+        gate_up = scaled_mm(x_saved[0], x_saved[1], "tile", w_codes, w_scale, "block", x.dtype)
         a_codes, a_scale, kept, kept_scale = swiglu_quantize(gate_up, training and keep == "fp8")
         if measured is not None:
-            _measure_input(measured.group, rms_norm(padded, norm_weight, eps), codes, scale)
+            _measure_input(measured.group, rms_norm(x, norm_weight, eps), x_saved[0], x_saved[1])
             _measure_input(measured.down, swiglu(gate_up), a_codes, a_scale)
         if keep != "fp8":
             kept = gate_up if keep == "bf16" else kept
-        ctx.save_for_backward(
-            padded, norm_weight, rstd, codes, scale, amax, w_codes, w_scale, down_codes, down_scale, kept, kept_scale
-        )
-        ctx.recipe, ctx.keep, ctx.measured, ctx.rows = recipe, keep, measured, x.shape[0]
+        ctx.save_for_backward(x, norm_weight, *x_saved, w_codes, w_scale, down_codes, down_scale, kept, kept_scale)
+        ctx.recipe, ctx.keep, ctx.measured, ctx.eps = recipe, keep, measured, eps
         ctx.sizes, ctx.dtype = [weight.shape[0] for weight in weights], weights[0].dtype
-        return scaled_mm(a_codes, a_scale, "tile", down_codes, down_scale, "block", x.dtype)[: x.shape[0]]
+        return x[:rows] + scaled_mm(a_codes, a_scale, "tile", down_codes, down_scale, "block", x.dtype)[:rows]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, norm_weight, rstd, *x_saved, w_codes, w_scale, down_codes, down_scale, gate_up, kept_scale = (
-            ctx.saved_tensors
-        )
-        channel = ctx.recipe.channel_wgrad
+        x, norm_weight, *x_saved, w_codes, w_scale, down_codes, down_scale, gate_up, kept_scale = ctx.saved_tensors
+        rows, channel = grad.shape[0], ctx.recipe.channel_wgrad
         if ctx.keep == "recompute":
             gate_up = scaled_mm_again(x_saved[0], x_saved[1], "tile", w_codes, w_scale, "block", grad.dtype)
         g = pad_tokens(grad)
@@ -159,12 +155,12 @@ class _Mlp(torch.autograd.Function):
             d_gate_up = swiglu_backward(d_value, wide)
             _measure_gradient(ctx.measured.group, d_gate_up, d_saved[0], d_saved[1], ctx.sizes[:2])
             _measure_gradient(ctx.measured.down, g, g_saved[0], g_saved[1], ctx.sizes[2:])
-        wanted = any(ctx.needs_input_grad[11:])
+        wanted = any(ctx.needs_input_grad[12:])
         d_down = _split_gradient(g_saved, (a_codes, a_scale, a_amax), ctx.recipe, ctx.dtype, ctx.sizes[2:], wanted)
         normed = _input_gradient(d_saved[0], d_saved[1], w_codes, w_scale, grad.dtype)
-        dx, d_norm = rms_norm_backward(normed, x, norm_weight, rstd)
+        dx, d_norm = rms_norm_backward(normed[:rows], x[:rows], grad, norm_weight, ctx.eps)
         dw = _split_gradient(d_saved, x_saved, ctx.recipe, ctx.dtype, ctx.sizes[:2], wanted)
-        return dx[: ctx.rows], d_norm, *[None] * 9, *dw, *d_down
+        return dx, dx, d_norm, *[None] * 9, *dw, *d_down
 
 
 def _input_gradient(codes: Tensor, scale: Tensor, w_codes: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -55,11 +55,11 @@ class LinearGroup:
     def outputs(self, y: Tensor) -> tuple[Tensor, ...]:
         """The GEMM's result [..., all out_features], cut into each layer's output, with biases where there are any."""
         if forward_only(y) and all(linear.bias is not None for linear in self.linears):
-            return (y + self._joined_bias(y)).split(self.sizes, dim=-1)
+            return (y + self.joined_bias(y)).split(self.sizes, dim=-1)
         pairs = zip(y.split(self.sizes, dim=-1), self.linears, strict=True)
         return tuple(part if linear.bias is None else part + linear.bias.to(y.dtype) for part, linear in pairs)
 
-    def _joined_bias(self, like: Tensor) -> Tensor:
+    def joined_bias(self, like: Tensor) -> Tensor:
         """All biases end to end, in the dtype and on the device of ``like``."""
         if self._bias is None or self._bias.dtype != like.dtype or self._bias.device != like.device:
             self._bias = torch.cat([linear.bias.detach() for linear in self.linears]).to(like)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from infir2.kernels import reference
 from infir2.kernels.custom_op import custom_op
+from infir2.kernels.parts import Parts
 from infir2.kernels.reference import BLOCK
 
 # (a granularity, b granularity) that cuBLAS multiplies on Hopper -> torch's names for them.
@@ -21,8 +22,8 @@ _CUBLAS_PAIRS = {
     ("tensor", "tensor"): ("TensorWise", "TensorWise"),
 }
 
-# Up to so many rows, and with fewer 128 x 128 output tiles than this, the Triton kernel of few rows is faster than
-# cuBLAS, which then leaves half of the multiprocessors without work.
+# Up to so many rows, with fewer 128 x 128 output tiles than this and long sums, the Triton kernel of few rows is faster
+# than cuBLAS, which then leaves half of the multiprocessors without work. (Of o_proj's square weights it is not.)
 _FEW_ROWS = 256
 _FEW_TILES = 64
 
@@ -119,12 +120,24 @@ def scaled_mm_again(
     return scaled_mm(a, a_scale, a_granularity, b, b_scale, b_granularity, out_dtype)
 
 
+def multiply_rows(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, rows: int, out_dtype: torch.dtype
+) -> Tensor | Parts:
+    """The first ``rows`` rows of ``scaled_mm`` of ``tile`` and ``block`` operands, for a caller who can add parts."""
+    if a.is_cuda and _few_tiles(a, b, "tile", "block"):
+        from infir2.kernels import small_matmul_triton
+
+        return small_matmul_triton.multiply(a, a_scale, b, b_scale, rows, out_dtype)
+    return scaled_mm(a, a_scale, "tile", b, b_scale, "block", out_dtype)[:rows]
+
+
 def _few_tiles(a: Tensor, b: Tensor, a_granularity: str, b_granularity: str) -> bool:
     rows, outputs = a.shape[0], b.shape[0]
     return (
         (a_granularity, b_granularity) == ("tile", "block")
         and 0 < rows <= _FEW_ROWS
         and -(-rows // BLOCK) * (outputs // BLOCK) < _FEW_TILES
+        and a.shape[1] >= 2 * outputs
         and torch.cuda.get_device_capability(a.device) == (9, 0)
         and unsupported_reason(outputs, a.shape[1]) is None
     )

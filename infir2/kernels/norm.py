@@ -1,10 +1,13 @@
-"""RMSNorm, and RMSNorm with its output quantised to row codes in the same pass.
+"""RMSNorm, RMSNorm with its output quantised to row codes in the same pass, and the backward pass of both.
 
     y = weight * (x * rstd),   rstd = 1 / sqrt(mean(x^2) + eps)
 
 The mean and rstd are float32; x * rstd and the product with the weight are each rounded to the dtype of x, as Hugging
-Face's Qwen2 does.
+Face's Qwen2 does. Backward everything is float32 until the gradient of x, with the residual stream's gradient added to
+it, is rounded once. It computes rstd again, from x, which it has to read anyway.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,9 @@ from infir2.kernels.custom_op import custom_op
 from infir2.kernels.forward_only import forward_only
 from infir2.kernels.operand import empty_rows
 from infir2.kernels.rows import encode_rows
+
+BACKWARD_PARTS = 528
+"""Programs of the backward kernel, whatever the device: the weight's gradient is the sum of so many partial sums."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -24,27 +30,77 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight.to(x.dtype) * (x.float() * _rstd(x, eps)).to(x.dtype)
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x (in its dtype) and of the weight (float32); grad and x [tokens, features], rstd [tokens]."""
-    normalised = x.float() * rstd[:, None]
-    wide = grad.float()
+def fork(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x), x) for a residual branch: the branch reads the first, and what it makes is added to the second.
+
+    One kernel then makes the gradient of x out of the branch's and the residual stream's. x [..., features].
+    """
+    return _Fork.apply(x, weight, eps)
+
+
+class _Fork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return rms_norm(x, weight, eps), x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        dx, dw = rms_norm_backward(grad.flatten(0, -2), x.flatten(0, -2), residual.flatten(0, -2), weight, ctx.eps)
+        return dx.view(x.shape), dw, None
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The gradient of x [tokens, features], with ``residual`` added, and that of the weight, in the dtype of each."""
+    dx, parts = norm_gradients(grad, x, residual, weight, eps)
+    return dx, parts.sum(dim=0).to(weight.dtype)
+
+
+def _empty_norm_gradients(
+    grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    rows, cols = x.shape
+    return x.new_empty(rows, cols), x.new_empty(BACKWARD_PARTS if x.is_cuda else 1, cols, dtype=torch.float32)
+
+
+@custom_op(_empty_norm_gradients)
+def norm_gradients(grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See ``rms_norm_backward``; the weight's gradient in float32, as rows to be added up."""
+    if x.is_cuda:
+        from infir2.kernels import norm_triton
+
+        return norm_triton.norm_gradients(grad, x, residual, weight, eps, BACKWARD_PARTS)
+    rstd, wide = _rstd(x, eps), grad.float()
+    normalised = x.float() * rstd
     pulled = wide * weight.to(x.dtype).float()
     along = (pulled * normalised).mean(dim=-1, keepdim=True)
-    return ((pulled - normalised * along) * rstd[:, None]).to(x.dtype), (wide * normalised).sum(dim=0)
+    dx = (pulled - normalised * along) * rstd + residual.float()
+    return dx.to(x.dtype), (wide * normalised).sum(dim=0, keepdim=True)
 
 
-def _empty_norm_quantize(x: Tensor, weight: Tensor, eps: float, amax: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *empty_rows(x.shape[0], x.shape[1], amax, x.device), x.new_empty(x.shape[0], dtype=torch.float32)
+def _empty_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, amax: bool, update: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = x.new_empty(0 if update is None else x.shape[0], x.shape[1])
+    return *empty_rows(x.shape[0], x.shape[1], amax, x.device), total
 
 
 @custom_op(_empty_norm_quantize)
-def norm_quantize(x: Tensor, weight: Tensor, eps: float, amax: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(codes, scale, amax, rstd) of rms_norm(x), x [tokens, features]; the first three as ``rows`` says."""
-    if not x.is_cuda:
-        return *encode_rows(rms_norm(x, weight, eps), amax), _rstd(x, eps).squeeze(-1)
-    from infir2.kernels import rows_triton
+def norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, amax: bool, update: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(codes, scale, amax) of rms_norm(x + update), as ``rows`` says, and x + update, all [tokens, features].
 
-    return rows_triton.norm_quantize(x, weight, eps, amax)
+    Without an update those of rms_norm(x), and a matrix without rows.
+    """
+    if x.is_cuda:
+        from infir2.kernels import norm_triton
+
+        return norm_triton.norm_quantize(x, weight, eps, amax, update)
+    total = x if update is None else x + update
+    return *encode_rows(rms_norm(total, weight, eps), amax), x.new_empty(0, x.shape[1]) if update is None else total
 
 
 def _rstd(x: Tensor, eps: float) -> Tensor:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from infir2.kernels import reference
+from infir2.kernels.operand import empty_operand
 from infir2.kernels.paged_layout import PagedCache, PagedLayout
-from infir2.kernels.reference import FP8
+from infir2.kernels.reference import BLOCK, FP8
+from infir2.kernels.rows import quantize_rows
 
 _GATHERED = 1 << 26  # float32 keys gathered at a time: 256 MiB, and as much for values
 
@@ -23,14 +25,15 @@ def write(cache: PagedCache, keys: Tensor, values: Tensor, slots: Tensor) -> Non
         from infir2.kernels import paged_attention_triton
 
         return paged_attention_triton.write(cache, keys, values, slots)
+    place = slots // cache.keys.shape[1], slots % cache.keys.shape[1]
     for pool, scales, new in ((cache.keys, cache.key_scale, keys), (cache.values, cache.value_scale, values)):
         if scales is None:
-            pool.flatten(0, 1)[slots] = new.to(pool.dtype)
+            pool[place] = new.to(pool.dtype)
             continue
         codes, scale = reference.quantize(new.flatten(0, 1), "channel", "ue8m0")
         # As bytes: indexed writes do not know float8.
-        pool.view(torch.uint8).flatten(0, 1)[slots] = codes.view(torch.uint8).view(new.shape)
-        scales.flatten(0, 1)[slots] = scale.view(new.shape[:-1])
+        pool.view(torch.uint8)[place] = codes.view(torch.uint8).view(new.shape)
+        scales[place] = scale.view(new.shape[:-1])
 
 
 def attend(q: Tensor, cache: PagedCache, layout: PagedLayout) -> Tensor:
@@ -56,6 +59,22 @@ def attend(q: Tensor, cache: PagedCache, layout: PagedLayout) -> Tensor:
                 q[tokens], cache, layout.block_tables[rows, :blocks], layout.context_lengths[rows]
             )
     return out
+
+
+def attend_quantize(q: Tensor, cache: PagedCache, layout: PagedLayout, rows: int) -> tuple[Tensor, Tensor]:
+    """(codes, scale): ``attend`` [tokens, heads * head_dim] as row codes (see ``rows``), with room for ``rows`` rows;
+    what follows the last token's row is not initialised."""
+    tokens, heads, head_dim = q.shape
+    codes, scale = empty_operand(rows, heads * head_dim, "tile", q.device)
+    if q.is_cuda and head_dim == BLOCK and layout.decoding == tokens:
+        from infir2.kernels import paged_decode_triton
+
+        paged_decode_triton.decode(q, cache, layout, codes[:tokens].view(q.shape), scale[:tokens])
+    else:
+        found, found_scale, _ = quantize_rows(attend(q, cache, layout).flatten(1), False)
+        codes[:tokens].view(torch.uint8).copy_(found.view(torch.uint8))
+        scale[:tokens].copy_(found_scale)
+    return codes, scale
 
 
 def _attend_alike(q: Tensor, cache: PagedCache, tables: Tensor, context_lengths: Tensor) -> Tensor:

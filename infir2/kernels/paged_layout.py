@@ -19,7 +19,7 @@ QUERY_TILE = 128
 
 @dataclass(frozen=True)
 class PagedCache:
-    """Keys and values of one layer, [blocks, block_size, kv_heads, head_dim]."""
+    """Keys and values of one layer, [blocks, block_size, kv_heads, head_dim], in any order but with whole heads."""
 
     keys: Tensor
     values: Tensor
@@ -31,6 +31,12 @@ class PagedCache:
     def num_bytes(self) -> int:
         tensors = (self.keys, self.values, self.key_scale, self.value_scale)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """From one block, token and head to the next, in heads: the same for keys, values and their scales."""
+        names = ("BLOCK_STRIDE", "TOKEN_STRIDE", "HEAD_STRIDE")
+        return {name: stride // self.keys.shape[-1] for name, stride in zip(names, self.keys.stride())}
 
 
 @dataclass(frozen=True)
@@ -53,15 +59,30 @@ class PagedLayout:
 
 
 def empty_cache(
-    blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+    blocks: int,
+    block_size: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    heads_first: bool | None = None,
 ) -> PagedCache:
-    """An uninitialised cache; ``dtype`` float8_e4m3fn makes an FP8 one."""
-    shape = (blocks, block_size, kv_heads)
-    keys, values = (torch.empty(*shape, head_dim, dtype=dtype, device=device) for _ in range(2))
+    """An uninitialised cache; ``dtype`` float8_e4m3fn makes an FP8 one.
+
+    heads_first: whether, within a block, the tokens of one head lie together, not the heads of one token. None: on a
+    GPU, where a program reads one head, and memory that is read in longer pieces is read faster.
+    """
+    heads_first = torch.device(device).type == "cuda" if heads_first is None else heads_first
+    shape = (blocks, kv_heads, block_size) if heads_first else (blocks, block_size, kv_heads)
+
+    def pool(*size: int, dtype: torch.dtype) -> Tensor:
+        empty = torch.empty(size, dtype=dtype, device=device)
+        return empty.transpose(1, 2) if heads_first else empty
+
+    keys, values = (pool(*shape, head_dim, dtype=dtype) for _ in range(2))
     if dtype != FP8:
         return PagedCache(keys, values)
-    key_scale, value_scale = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
-    return PagedCache(keys, values, key_scale, value_scale)
+    return PagedCache(keys, values, *(pool(*shape, dtype=torch.float32) for _ in range(2)))
 
 
 def query_tiles(lengths: Sequence[int], decoding: int = 0) -> Tensor:

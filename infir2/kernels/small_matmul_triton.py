@@ -1,12 +1,14 @@
 """Triton FP8 GEMM for few rows: tokens with ``tile`` scales times weights with ``block`` scales.
 
-A pass of decoding reads all weights for a few hundred rows of tokens. The 128 x 128 tiles of a large GEMM are then too
-few to keep every multiprocessor reading. Here tiles are smaller, and the contraction is cut into parts: each part
-leaves its float32 sums in a workspace, and a second kernel adds them in the order of the parts, so that the same
-operands always give the same bits. ``reference.scaled_mm`` defines the result.
+A pass of decoding reads all weights for a few hundred rows of tokens. A large GEMM's tiles are then too few to keep
+every multiprocessor busy, so the contraction is cut into parts (see ``parts``): each leaves its float32 sums in a
+workspace, and another kernel, this file's or one that goes on with the result, adds them in their order, so that the
+same operands always give the same bits. Tiles are as high as they can be: all programs together read the tokens once
+for every tile of columns and the weights once for every tile of rows, all of it from the cache on the chip, which is
+what bounds them. ``reference.scaled_mm`` defines the result.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,99 +17,155 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from infir2.kernels.parts import Parts, Split
 from infir2.kernels.reference import BLOCK
 
 
-class Launch(NamedTuple):
-    """How the work is cut: output tiles of rows x cols, the contraction in parts."""
+class Tile(NamedTuple):
+    """What a program multiplies at a time: rows of tokens x columns of outputs."""
 
     rows: int
     cols: int
-    parts: int
-    num_warps: int = 4
-    num_stages: int = 4
+    num_warps: int
+    num_stages: int
 
 
-def launch_for(rows: int, outputs: int, contraction: int) -> Launch:
-    """As many parts as run at the same time on the 132 multiprocessors of a Hopper GPU, of at least 8 blocks each.
+# The tile for up to so many rows of tokens.
+_TILES = {
+    128: Tile(64, 128, num_warps=4, num_stages=6),
+    256: Tile(128, 128, num_warps=8, num_stages=4),
+}
+_PROGRAMS = 132  # that run at the same time, one on each multiprocessor of a Hopper GPU
+_LEAST_STEPS = 3  # of 128 terms each, that are worth a program
+# Programs for weights (outputs, contraction) for which the rule below is not the best: down_proj of Qwen2.5-7B, 1.5B.
+_PROGRAMS_FOR = {(3584, 18_944): 66, (1536, 8960): 48}
 
-    A multiprocessor holds three programs of 64 x 64, two of 64 x 128; one more part would be a second wave.
-    """
-    height, slots, cols = triton.cdiv(rows, 64), 3 * 132, 64
-    if height * triton.cdiv(outputs, cols) > 192:
-        slots, cols = 2 * 132, 128
-    parts = min(slots // (height * triton.cdiv(outputs, cols)), contraction // BLOCK // 8)
-    return Launch(64, cols, max(parts, 1))
+
+def tile_for(rows: int) -> Tile:
+    """The lowest tile that holds all rows, or else the highest."""
+    return next((tile for most, tile in _TILES.items() if rows <= most), _TILES[max(_TILES)])
 
 
-@triton.jit(do_not_specialize=["rows", "b_scale_stride"])
+def split_for(outputs: int, contraction: int, cols: int) -> Split:
+    """Whatever the rows: as many programs as run at the same time, the same number for every tile."""
+    tiles, blocks = outputs // cols, contraction // BLOCK
+    parts = max(1, min(_PROGRAMS // tiles, blocks // _LEAST_STEPS))
+    return Split(tiles, blocks, _PROGRAMS_FOR.get((outputs, contraction), tiles * parts))
+
+
+@triton.jit
+def _owner(step, steps, programs):
+    """See ``Split.owner``."""
+    return ((step + 1) * programs - 1) // steps
+
+
+@triton.jit(do_not_specialize=["rows", "blocks", "a_scale_stride", "b_scale_stride"])
 def _parts_kernel(
-    a, a_scale_ptr, b, b_scale_ptr, out_ptr, rows, outputs, contraction, b_scale_stride,
-    ROWS: tl.constexpr, COLS: tl.constexpr, JOINED: tl.constexpr,
+    a, a_scale_ptr, b, b_scale_ptr, out_ptr, rows, outputs, blocks, a_scale_stride, b_scale_stride,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """One part of one output tile; out [parts, rows, outputs]. Tiles of the same weights run side by side."""
-    if JOINED:
-        gdc_launch_dependents()
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    first_col = tl.program_id(1) * COLS
-    part, parts = tl.program_id(2), tl.num_programs(2)
-    blocks = contraction // 128
-    first, end = part * blocks // parts, (part + 1) * blocks // parts
-    a_scale_ptr += row
-    b_scale_ptr += first_col // 128 * b_scale_stride
-    inside = row < rows
-    # The scales of a block are read while the block before it is multiplied.
-    scale = tl.load(a_scale_ptr + first * rows, mask=inside, other=0.0) * tl.load(b_scale_ptr + first)
-    total = tl.zeros([ROWS, COLS], tl.float32)
-    for block in range(first, end):
-        following = tl.minimum(block + 1, end - 1)
-        a_scale = tl.load(a_scale_ptr + following * rows, mask=inside, other=0.0)
-        b_scale = tl.load(b_scale_ptr + following)
-        left = a.load([tl.program_id(0) * ROWS, block * 128])
-        right = b.load([first_col, block * 128])
-        # Tensor cores keep some 14 bits of a sum of FP8 products: only 128 of them are added there.
-        total += tl.dot(left, right.T) * scale[:, None]
-        scale = a_scale * b_scale
-    col = first_col + tl.arange(0, COLS)
-    out = out_ptr + (part.to(tl.int64) * rows + row)[:, None] * outputs + col[None, :]
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (col < outputs)[None, :])
+    """A piece of the line of steps for ROWS rows; out [parts, rows, outputs]."""
+    gdc_launch_dependents()
+    gdc_wait()
+    first_row = tl.program_id(0) * ROWS
+    program, programs = tl.program_id(1), tl.num_programs(1)
+    steps = outputs // COLS * blocks
+    step, stop = program * steps // programs, (program + 1) * steps // programs
+    row = first_row + tl.arange(0, ROWS)
+    while step < stop:
+        tile = step // blocks
+        first = step - tile * blocks
+        end = tl.minimum(blocks, first + stop - step)
+        first_col = tile * COLS
+        b_scales = b_scale_ptr + first_col // 128 * b_scale_stride
+        total = tl.zeros([ROWS, COLS], tl.float32)
+        # The scales of a block are read while the block before it is multiplied.
+        a_scale = tl.load(a_scale_ptr + first * a_scale_stride + row, mask=row < rows, other=0.0)
+        b_scale = tl.load(b_scales + first)
+        for block in range(first, end):
+            scale = a_scale * b_scale
+            following = tl.minimum(block + 1, end - 1)
+            a_scale = tl.load(a_scale_ptr + following * a_scale_stride + row, mask=row < rows, other=0.0)
+            b_scale = tl.load(b_scales + following)
+            # Tensor cores keep some 14 bits of a sum of FP8 products: only 128 of them are added there.
+            total += tl.dot(a.load([first_row, block * 128]), b.load([first_col, block * 128]).T) * scale[:, None]
+        part, col = program - _owner(tile * blocks, steps, programs), first_col + tl.arange(0, COLS)
+        out = out_ptr + (part.to(tl.int64) * rows + row)[:, None] * outputs + col[None, :]
+        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None])
+        step += end - first
 
 
-@triton.jit(do_not_specialize=["parts"])
-def _add_parts_kernel(sums_ptr, out_ptr, size, parts, EACH: tl.constexpr):
-    """out [size] = the sum of sums [parts, size]."""
+@triton.jit
+def _add_parts(
+    sums_ptr, place, col, part_stride, tiles, blocks, programs, COLS: tl.constexpr, MOST: tl.constexpr,
+    EVEN: tl.constexpr, inside,
+):  # fmt: skip
+    """The float32 sum of all parts of the elements at ``place``, which lie in columns ``col``."""
+    total = tl.load(sums_ptr + place, mask=inside, other=0.0)
+    parts = tl.full(col.shape, MOST, tl.int32)
+    if not EVEN:
+        steps, tile = tiles * blocks, col // COLS
+        parts = _owner((tile + 1) * blocks - 1, steps, programs) - _owner(tile * blocks, steps, programs) + 1
+    for part in tl.static_range(1, MOST):
+        total += tl.load(sums_ptr + part * part_stride + place, mask=inside & (part < parts), other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["part_stride", "tiles", "blocks", "programs"])
+def _join_parts_kernel(
+    sums_ptr, out_ptr, part_stride, outputs, tiles, blocks, programs,
+    COLS: tl.constexpr, MOST: tl.constexpr, EVEN: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """out [rows * outputs] = the sum of sums [parts, rows * outputs]."""
+    gdc_launch_dependents()
     gdc_wait()  # it starts before the sums are there, to be ready when they are
     i = tl.program_id(0) * EACH + tl.arange(0, EACH)
-    total = tl.load(sums_ptr + i, mask=i < size, other=0.0)
-    for _ in range(1, parts):
-        sums_ptr += size
-        total += tl.load(sums_ptr + i, mask=i < size, other=0.0)
-    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=i < size)
+    inside = i < part_stride
+    total = _add_parts(sums_ptr, i, i % outputs, part_stride, tiles, blocks, programs, COLS, MOST, EVEN, inside)
+    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def multiply(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, rows: int, out_dtype: torch.dtype,
+    tile: Tile | None = None, split: Split | None = None,
+) -> Tensor | Parts:  # fmt: skip
+    """The first ``rows`` rows of a @ b.T, where it is not cut into parts in ``out_dtype``.
+
+    ``tile`` codes [rows or more, contraction] and ``block`` codes [outputs, contraction], scales laid out as
+    ``operand`` does, the contraction and outputs in multiples of 128.
+    """
+    outputs, contraction = b.shape
+    tile = tile or tile_for(rows)
+    split = split or split_for(outputs, contraction, tile.cols)
+    whole = split.programs == split.tiles
+    shape, dtype = ((rows, outputs), out_dtype) if whole else ((split.most, rows, outputs), torch.float32)
+    out = torch.empty(shape, dtype=dtype, device=a.device)
+    _parts_kernel[(triton.cdiv(rows, tile.rows), split.programs)](
+        TensorDescriptor.from_tensor(a[:rows], [tile.rows, BLOCK]), a_scale,
+        TensorDescriptor.from_tensor(b, [tile.cols, BLOCK]), b_scale,
+        out, rows, outputs, split.blocks, a_scale.stride(1), b_scale.stride(0),
+        ROWS=tile.rows, COLS=tile.cols,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=True,
+    )  # fmt: skip
+    return out if whole else Parts(out, split)
 
 
 def scaled_mm(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype, launch: Launch | None = None
-) -> Tensor:
-    """a @ b.T: ``tile`` codes [rows, contraction] and ``block`` codes [outputs, contraction], scales laid out as
-    ``operand`` does, the contraction and outputs in multiples of 128 -> [rows, outputs]."""
-    (rows, contraction), outputs = a.shape, b.shape[0]
-    launch = launch or launch_for(rows, outputs, contraction)
-    out = torch.empty(rows, outputs, dtype=out_dtype, device=a.device)
-    joined = launch.parts > 1
-    sums = torch.empty(launch.parts, rows, outputs, dtype=torch.float32, device=a.device) if joined else out
-    _parts_kernel[(triton.cdiv(rows, launch.rows), triton.cdiv(outputs, launch.cols), launch.parts)](
-        TensorDescriptor.from_tensor(a, [launch.rows, BLOCK]), a_scale,
-        TensorDescriptor.from_tensor(b, [launch.cols, BLOCK]), b_scale,
-        sums, rows, outputs, contraction, b_scale.stride(0),
-        ROWS=launch.rows, COLS=launch.cols, JOINED=joined,
-        num_warps=launch.num_warps, num_stages=launch.num_stages,
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype,
+    tile: Tile | None = None, split: Split | None = None,
+) -> Tensor:  # fmt: skip
+    """a @ b.T [rows, outputs], of what ``multiply`` takes."""
+    product = multiply(a, a_scale, b, b_scale, a.shape[0], out_dtype, tile, split)
+    return product if isinstance(product, Tensor) else join(product, out_dtype)
+
+
+def join(parts: Parts, out_dtype: torch.dtype) -> Tensor:
+    """See ``Parts.added``."""
+    sums, split, each = parts.sums, parts.split, 1024
+    _, rows, outputs = sums.shape
+    out = torch.empty(rows, outputs, dtype=out_dtype, device=sums.device)
+    _join_parts_kernel[(triton.cdiv(out.numel(), each),)](
+        sums, out, rows * outputs, outputs, split.tiles, split.blocks, split.programs,
+        COLS=outputs // split.tiles, MOST=split.most, EVEN=split.even, EACH=each, num_warps=4, launch_pdl=True,
     )  # fmt: skip
-    if joined:
-        _join(sums, out)
     return out
-
-
-def _join(sums: Tensor, out: Tensor) -> None:
-    each = 1024
-    options: dict[str, Any] = {"num_warps": 4, "launch_pdl": True}
-    _add_parts_kernel[(triton.cdiv(out.numel(), each),)](sums, out, out.numel(), sums.shape[0], EACH=each, **options)

@@ -49,9 +49,9 @@ def _empty_swiglu_quantize(gate_up: Tensor, keep: bool) -> tuple[Tensor, Tensor,
 def swiglu_quantize(gate_up: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(codes, scale) of swiglu(gate_up), then (codes, scale) of gate_up itself: empty unless ``keep``."""
     if gate_up.is_cuda:
-        from infir2.kernels import rows_triton
+        from infir2.kernels import swiglu_triton
 
-        return rows_triton.swiglu_quantize(gate_up, keep)
+        return swiglu_triton.swiglu_quantize(gate_up, keep)
     kept = encode_rows(gate_up, False) if keep else empty_rows(0, gate_up.shape[1], False, gate_up.device)
     return *encode_rows(swiglu(gate_up), False)[:2], *kept[:2]
 
@@ -75,9 +75,9 @@ def swiglu_backward_quantize(
     ``gate_up`` holds values, or codes made with ``keep``, of which ``kept_scale`` holds the scales.
     """
     if grad.is_cuda:
-        from infir2.kernels import rows_triton
+        from infir2.kernels import swiglu_triton
 
-        return rows_triton.swiglu_backward_quantize(grad, gate_up, kept_scale, amax)
+        return swiglu_triton.swiglu_backward_quantize(grad, gate_up, kept_scale, amax)
     if gate_up.dtype == reference.FP8:
         gate_up = reference.dequantize(gate_up, kept_scale, "tile")
     return *encode_rows(swiglu_backward(grad, gate_up), amax), *encode_rows(swiglu(gate_up), amax)

@@ -12,7 +12,26 @@ from torch import Tensor
 from infir2.kernels.operand import empty_operand
 from infir2.kernels.quantize_triton import _scale_from_bits
 from infir2.kernels.reference import BLOCK
-from infir2.kernels.rows_triton import PARTS, _load_tile, _magnitude, _reciprocal
+from infir2.kernels.rows_triton import PARTS
+
+
+@triton.jit
+def _magnitude(value):
+    """The bits of |value| as int32: they order like the numbers, with Inf and NaN above every finite one."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _reciprocal(scale, bits):
+    """1 / scale, exactly, of scales that are powers of two; 0 for blocks that are not finite."""
+    exact = (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    return tl.where(bits < 0x7F800000, exact, 0.0)
+
+
+@triton.jit
+def _load_tile(ptr, r, c, rows, cols, stride):
+    inside = (r < rows)[:, None] & (c < cols)[None, :]
+    return tl.load(ptr + r.to(tl.int64)[:, None] * stride + c[None, :], mask=inside, other=0.0)
 
 
 @triton.jit

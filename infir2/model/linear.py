@@ -51,12 +51,23 @@ class Linear(nn.Linear):
 
 def together(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """What each of the linears makes of ``x``: by one GEMM where they are joined and no gradient is wanted."""
-    first = linears[0]
-    if isinstance(first, Linear) and first.joined is not None and not torch.is_grad_enabled():
-        joined = first.joined
-        if joined.serves(first, x.dtype):
-            return F.linear(x, joined.weight, joined.bias).split(joined.sizes, dim=-1)
+    if (joined := _joined(x, linears[0])) is not None:
+        return F.linear(x, joined.weight, joined.bias).split(joined.sizes, dim=-1)
     return tuple(linear(x) for linear in linears)
+
+
+def side_by_side(x: Tensor, *linears: nn.Module) -> Tensor:
+    """``together`` in one matrix."""
+    if (joined := _joined(x, linears[0])) is not None:
+        return F.linear(x, joined.weight, joined.bias)
+    return torch.cat([linear(x) for linear in linears], dim=-1)
+
+
+def _joined(x: Tensor, first: nn.Module) -> Joined | None:
+    """Of linears the first of which is given: their joined weights, if ``x`` can be multiplied by them."""
+    if not isinstance(first, Linear) or first.joined is None or torch.is_grad_enabled():
+        return None
+    return first.joined if first.joined.serves(first, x.dtype) else None
 
 
 @torch.no_grad()

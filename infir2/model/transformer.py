@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infir2.kernels.norm import rms_norm
+from infir2.kernels.norm import fork, rms_norm
 from infir2.kernels.rotary import rotate
 from infir2.kernels.swiglu import silu_mul
 from infir2.model.attention import Attend
@@ -23,10 +23,10 @@ from infir2.model.rotary import Rotary
 Head = Callable[[Tensor, Tensor], Any]
 """``head(hidden [batch, length, hidden], weight [vocabulary, hidden])``: a loss that needs no logits."""
 
-# Faster ways to compute the same, put in from outside: (residual stream, norm weight, norm epsilon) -> q, k and v, or
-# the MLP's output.
-FusedProjections = Callable[[Tensor, Tensor, float], tuple[Tensor, ...]]
-FusedMlp = Callable[[Tensor, Tensor, float], Tensor]
+# Faster ways to compute the same, put in from outside: (residual stream, norm weight, norm epsilon) -> q, k and v, and
+# the residual stream; (residual stream, update, norm weight, norm epsilon) -> what ``MLP`` makes of them.
+FusedProjections = Callable[[Tensor, Tensor, float], tuple[tuple[Tensor, ...], Tensor]]
+FusedMlp = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -39,6 +39,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(x), x), for a branch and for the residual stream: both gradients of x then meet in one kernel."""
+        return fork(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps:g}"
@@ -60,20 +64,21 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.fused_projections: FusedProjections | None = None
 
-    def forward(self, hidden: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """The residual stream [batch, length, hidden], through ``norm`` -> what is to be added to it."""
+    def heads(self, hidden: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The residual stream [batch, length, hidden], through ``norm`` -> q, k, v [batch, length, heads, head_dim],
+        and itself."""
+        projections, hidden = self._project(hidden, norm)
         # The number of heads is what is left over: tensor parallelism gives each device a part of them.
-        q, k, v = (projected.unflatten(-1, (-1, self.head_dim)) for projected in self._project(hidden, norm))
+        q, k, v = (projected.unflatten(-1, (-1, self.head_dim)) for projected in projections)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, k, cos, sin)
-        out = attend(q, k, v, self.layer_index)
-        return self.o_proj(out.flatten(-2))
+        return *rotate(q, k, cos, sin), v, hidden
 
-    def _project(self, hidden: Tensor, norm: RMSNorm) -> tuple[Tensor, ...]:
+    def _project(self, hidden: Tensor, norm: RMSNorm) -> tuple[tuple[Tensor, ...], Tensor]:
         if self.fused_projections is not None:
             return self.fused_projections(hidden, norm.weight, norm.eps)
-        return together(norm(hidden), self.q_proj, self.k_proj, self.v_proj)
+        normed, hidden = norm.fork(hidden)
+        return together(normed, self.q_proj, self.k_proj, self.v_proj), hidden
 
 
 class MLP(nn.Module):
@@ -86,12 +91,14 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.fused_mlp: FusedMlp | None = None
 
-    def forward(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
-        """The residual stream [batch, length, hidden], through ``norm`` -> what is to be added to it."""
+    def forward(self, hidden: Tensor, update: Tensor, norm: RMSNorm) -> Tensor:
+        """The residual stream [batch, length, hidden] and what is to be added to it -> their sum x, and added to it
+        what this makes of x, through ``norm``."""
         if self.fused_mlp is not None:
-            return self.fused_mlp(hidden, norm.weight, norm.eps)
-        gate, up = together(norm(hidden), self.gate_proj, self.up_proj)
-        return self.down_proj(silu_mul(gate, up))
+            return self.fused_mlp(hidden, update, norm.weight, norm.eps)
+        normed, hidden = norm.fork(hidden + update)
+        gate, up = together(normed, self.gate_proj, self.up_proj)
+        return hidden + self.down_proj(silu_mul(gate, up))
 
 
 class DecoderLayer(nn.Module):
@@ -106,8 +113,16 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """[batch, length, hidden] -> the same; ``cos`` and ``sin`` are float32 [batch, length, head_dim / 2]."""
-        hidden = hidden + self.self_attn(hidden, self.input_layernorm, cos, sin, attend)
-        return hidden + self.mlp(hidden, self.post_attention_layernorm)
+        q, k, v, hidden = self.before(hidden, cos, sin)
+        return self.after(hidden, attend(q, k, v, self.self_attn.layer_index))
+
+    def before(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The residual stream -> queries, keys and values, and itself."""
+        return self.self_attn.heads(hidden, self.input_layernorm, cos, sin)
+
+    def after(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The residual stream and attention's output [batch, length, heads, head_dim] -> the next layer's stream."""
+        return self.mlp(hidden, self.self_attn.o_proj(attended.flatten(-2)), self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
@@ -127,7 +142,7 @@ class Decoder(nn.Module):
         cos, sin = self.rotary(position_ids)
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, attend)
-        return self.norm(hidden)
+        return self.norm.fork(hidden)[0]
 
 
 class CausalLM(nn.Module):

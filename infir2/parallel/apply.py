@@ -1,6 +1,7 @@
 """Spread a single-device model over the world, from outside and in one order: compile, checkpointing, FSDP2."""
 
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from infir2.parallel.runtime import World
 
+Checkpointing = Literal["none", "attention", "full"]
+
 
 def parallelize(
     model: nn.Module,
@@ -17,11 +20,15 @@ def parallelize(
     world: World,
     *,
     gather_dtype: torch.dtype = torch.float32,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: Checkpointing = "none",
     compile_layers: bool = False,
     reshard_after_forward: bool = True,
 ) -> None:
     """Apply compilation and activation checkpointing to every decoder layer, then shard (in place).
+
+    Checkpointing keeps a layer's input alone and computes the layer again in the backward pass; ``attention`` does so
+    with what comes before and after attention, whose inputs and output are kept: of long sequences it is the part that
+    takes longest to compute.
 
     FSDP2 keeps parameters, gradients and optimiser state as float32 shards, gathers parameters in ``gather_dtype``
     and sums gradients in float32 without dividing: the loss is already normalised by the global token count. Gathered
@@ -32,13 +39,17 @@ def parallelize(
         # One process may compile many variants of a layer: recipes, shapes, training and evaluation, several runs.
         torch._dynamo.config.recompile_limit = 64
     for layer in layers:
-        # Rebinding the method leaves the names in the state dict as they are. The compiled code goes inside the
-        # checkpoint: around it, torch.compile finds nothing it can compile and runs the layer eagerly without a word.
-        if compile_layers:
-            layer.forward = torch.compile(layer.forward)
-        if activation_checkpointing:
-            # Nothing in a layer is random; to keep the generator's state would stop a CUDA graph from being recorded.
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        # Rebinding the methods leaves the names in the state dict as they are.
+        for name in ("before", "after") if activation_checkpointing == "attention" else ("forward",):
+            run = getattr(layer, name)
+            # The compiled code goes inside the checkpoint: around it, torch.compile finds nothing it can compile and
+            # runs the layer eagerly without a word.
+            if compile_layers:
+                run = torch.compile(run)
+            if activation_checkpointing != "none":
+                # Nothing in a layer is random; to keep the generator's state would stop a CUDA graph's recording.
+                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+            setattr(layer, name, run)
     if world.mesh is None:
         return
     policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

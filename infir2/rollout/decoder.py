@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infir2.kernels.paged_layout import PagedLayout
+from infir2.rollout.lean import LeanPass
 from infir2.rollout.runner import PagedAttention, Runner
 from infir2.rollout.sampler import SamplingBatch, sample
 from infir2.rollout.sequence import Sequence
@@ -94,7 +95,8 @@ class Decoder:
         self.runner, self.most_rounds = runner, most_rounds
         self.max_sequences, self.width = max_sequences, -(-max_length // runner.block_size)
         self._buffers: dict[int, DecodeBuffers] = {}
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._lean = LeanPass(runner.model) if LeanPass.fits(runner.model) else None
 
     @torch.no_grad()
     def run(self, sequences: List[Sequence], rounds: int) -> Rounds:
@@ -105,7 +107,7 @@ class Decoder:
             self._buffers[size] = DecodeBuffers(size, self.most_rounds, self.width, self.runner.device)
         buffers = self._buffers[size]
         buffers.load(sequences, self.runner.num_blocks)
-        graph = self._graph(size) if self.runner.device.type == "cuda" and not filtered else None
+        graph = self._graph(size, filtered) if self.runner.device.type == "cuda" else None
         for _ in range(rounds):
             if graph is None:
                 self._round(buffers, filtered)
@@ -126,23 +128,24 @@ class Decoder:
         sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 257, 16), *range(320, self.max_sequences + 64, 64)]
         return min(next(size for size in sizes if size >= sequences), max(self.max_sequences, sequences))
 
-    def _graph(self, size: int) -> torch.cuda.CUDAGraph:
-        if size not in self._graphs:
+    def _graph(self, size: int, filtered: bool) -> torch.cuda.CUDAGraph:
+        if (size, filtered) not in self._graphs:
             buffers = self._buffers[size]
             state = {name: value.clone() for name, value in vars(buffers).items() if isinstance(value, Tensor)}
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # what is compiled or chosen at a first call must not be recorded
                 for _ in range(2):
-                    self._round(buffers, filtered=False)
+                    self._round(buffers, filtered)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._round(buffers, filtered=False)
+            # Other threads, such as one that writes a checkpoint of the trainer, may use the GPU meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._round(buffers, filtered)
             for name, tensor in state.items():
                 getattr(buffers, name).copy_(tensor)
-            self._graphs[size] = graph
-        return self._graphs[size]
+            self._graphs[size, filtered] = graph
+        return self._graphs[size, filtered]
 
     def _round(self, state: DecodeBuffers, filtered: bool) -> None:
         """One token of every row, in place."""
@@ -158,12 +161,7 @@ class Decoder:
             decoding=size,
         )
 
-        def logits_of_all(hidden: Tensor, weight: Tensor) -> Tensor:
-            return F.linear(hidden[0], weight.to(hidden.dtype))
-
-        attention = PagedAttention(runner.caches, layout)
-        with runner.eagerly():
-            logits = runner.model(state.token.view(1, size), position.view(1, size), attention, logits_of_all)
+        logits = self._logits(state.token, position, layout)
         batch = SamplingBatch(state.temperature, state.top_k, state.top_p, state.keys, state.counters, filtered)
         sampled = sample(logits, batch)
         state.tokens.index_copy_(0, state.round, sampled.tokens[None])
@@ -172,3 +170,16 @@ class Decoder:
         state.token.copy_(sampled.tokens)
         for counter in (state.position, state.counters, state.round):
             counter.add_(1)
+
+    def _logits(self, ids: Tensor, positions: Tensor, layout: PagedLayout) -> Tensor:
+        """Of one token of every sequence: [sequences, vocabulary] in the compute dtype."""
+        model, caches = self.runner.model, self.runner.caches
+        if self._lean is not None:
+            hidden = self._lean(ids, positions, caches, layout)
+            return F.linear(hidden, model.lm_head.weight_in(hidden.dtype))
+
+        def logits_of_all(hidden: Tensor, weight: Tensor) -> Tensor:
+            return F.linear(hidden[0], weight.to(hidden.dtype))
+
+        with self.runner.eagerly():
+            return model(ids[None], positions[None], PagedAttention(caches, layout), logits_of_all)

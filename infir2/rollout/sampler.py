@@ -83,10 +83,11 @@ def uniform(keys: Tensor, counters: Tensor) -> Tensor:
 
 def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
     """Choose a token for every row of ``logits`` [rows, vocabulary] (any float dtype; computed in float32)."""
-    if logits.is_cuda and not batch.filtered:
+    if logits.is_cuda:
         from infir2.kernels import sample_triton
 
-        return Sampled(*sample_triton.draw(logits, batch.temperature, uniform(batch.keys, batch.counters)))
+        filters = (batch.top_k, batch.top_p) if batch.filtered else ()
+        return Sampled(*sample_triton.draw(logits, batch.temperature, batch.keys, batch.counters, *filters))
     logits = logits.float()
     greedy = batch.temperature == 0
     scaled = logits / torch.where(greedy, 1.0, batch.temperature)[:, None]

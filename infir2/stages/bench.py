@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="step: other implementations to measure")
     parser.add_argument("--optimizer", action="store_true", help="step: AdamW as well")
-    parser.add_argument("--checkpointing", action="store_true", help="step: full activation checkpointing")
+    parser.add_argument(
+        "--checkpointing", choices=["none", "attention", "full"], default="none", help="step: activation checkpointing"
+    )
     parser.add_argument("--layers-only", action="store_true", help="step: decoder layers without the output head")
     parser.add_argument(
         "--moments", choices=["float32", "bfloat16"], default="float32", help="step: how AdamW keeps its moments"

@@ -32,10 +32,10 @@ from infir2.train.optimizer import build_optimizer
 
 # Kernel families of --profile: the first pattern that a kernel's name matches.
 _FAMILIES = (
-    ("attention", r"cudnn|flash|fmha|sdpa|attention|_decode_kernel|_join_kernel|_prompt_kernel|_write_kernel"),
+    ("attention", r"cudnn|flash|fmha|sdpa|attention|_(decode|join|prompt|write|place)_kernel"),
     ("quantise", r"_tile_kernel|_cast_kernel|_amax_kernel|_rows_kernel|_transpose"),
     ("norm, rotary, SwiGLU (and quantise)", r"_norm_kernel|_swiglu|_silu_mul|_rotate_kernel"),
-    ("sampling", r"_sums_kernel|_draw_kernel"),
+    ("sampling", r"_sums_kernel|_draw_kernel|_filter_kernel"),
     ("cross-entropy", r"_softmax_gradient"),
     ("gemm fp8", r"nvjet_sm\d+_qq|e4m3|fp8|f8|_parts_kernel"),
     ("gemm bf16", r"gemm|nvjet|cutlass|sm90_xmma|matmul"),
@@ -103,7 +103,7 @@ def _head(hidden: Tensor, weight: Tensor, labels: Tensor, fp8: bool) -> Tensor:
 
 
 def _transformers(config: ModelConfig, here: World, args: argparse.Namespace) -> tuple[nn.Module, Callable]:
-    model = transformers_model(config, here.device, args.checkpointing)
+    model = transformers_model(config, here.device, args.checkpointing != "none")
 
     def forward(ids: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         return model(input_ids=ids, labels=ids, position_ids=positions, use_cache=False).loss

@@ -95,14 +95,20 @@ def estimate_memory(config: TrainingConfig, model: CausalLM, world_size: int, to
 def _passing(config: TrainingConfig, model: CausalLM, tokens: int) -> dict[str, float]:
     shape, width = model.config, torch.finfo(model.model.compute_dtype).bits // 8
     kept = kept_by_layers(model, tokens, config.train.compile)
-    recomputed = config.train.activation_checkpointing == "full"
+    policy, stream = config.train.activation_checkpointing, tokens * shape.hidden_size * width
+    heads = 2 * (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim * width
+    # Attention keeps q, k, v, its output and a float32 sum a head.
+    attention = tokens * (heads + 4 * shape.num_attention_heads)
+    activations = {
+        "none": sum(kept), "attention": len(kept) * (stream + attention), "full": len(kept) * stream
+    }[policy]  # fmt: skip
     # In the backward pass of an MLP: the gradients of its inner activations, and the operands of its GEMMs.
-    working = 8 * tokens * shape.intermediate_size + (max(kept) if recomputed else 0)
+    working = 8 * tokens * shape.intermediate_size + (0 if policy == "none" else max(kept))
     # The head's weight in the compute dtype, or its FP8 codes and their transpose; its float32 gradient; some logits.
     weight = 2 if config.fp8.head else width
     head = (weight + 4) * shape.vocab_size * shape.hidden_size + (width + config.fp8.head) * _CHUNK_LOGITS
     return {
-        "activations": float(len(kept) * tokens * shape.hidden_size * width if recomputed else sum(kept)),
+        "activations": float(activations),
         _BACKWARD: float(working),
         "output head (FP8)" if config.fp8.head else "output head": float(head),
     }

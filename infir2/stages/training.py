@@ -132,7 +132,7 @@ def build_model(config: TrainingConfig, architecture: ModelConfig, world: World)
         model.model.layers,
         world,
         gather_dtype=getattr(torch, config.parallel.gather_dtype),
-        activation_checkpointing=config.train.activation_checkpointing == "full",
+        activation_checkpointing=config.train.activation_checkpointing,
         compile_layers=config.train.compile,
         reshard_after_forward=config.parallel.reshard_after_forward,
     )

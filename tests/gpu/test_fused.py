@@ -10,7 +10,7 @@ from infir2.fp8.convert import convert, refresh_weights
 from infir2.fp8.recipe import recipe_named
 from infir2.kernels import reference
 from infir2.kernels.logprob import softmax_gradient_, token_gradient_, token_statistics
-from infir2.kernels.norm import norm_quantize, rms_norm
+from infir2.kernels.norm import fork, norm_gradients, norm_quantize, rms_norm
 from infir2.kernels.rows import encode_rows, quantize_rows
 from infir2.kernels.swiglu import swiglu_backward_quantize, swiglu_quantize
 from infir2.kernels.transpose import transpose_codes, transpose_rows
@@ -73,14 +73,42 @@ def test_transposed_codes_are_the_same_bytes() -> None:
     assert torch.equal(transpose_codes(codes.cuda()).cpu().view(torch.uint8), codes.view(torch.uint8).T)
 
 
+@pytest.mark.parametrize("added", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_norm_then_codes(shape: tuple, dtype: torch.dtype) -> None:
+def test_norm_then_codes(shape: tuple, dtype: torch.dtype, added: bool) -> None:
     x, weight = values(*shape, dtype), torch.randn(shape[1]).abs() + 0.5
-    *codes, rstd = norm_quantize(x.cuda(), weight.cuda(), 1e-6, True)
-    *expected, expected_rstd = norm_quantize(x, weight, 1e-6, True)
-    assert torch.allclose(rstd.cpu(), expected_rstd, rtol=1e-5, equal_nan=True)
-    assert_same(tuple(codes[:2]), tuple(expected[:2]), share=2e-3)  # rstd may differ in its last bit
+    update = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype) if added else None
+    codes, scale, amax, total = norm_quantize(x.cuda(), weight.cuda(), 1e-6, True, update.cuda() if added else None)
+    expected = norm_quantize(x, weight, 1e-6, True, update)
+    assert_same((codes, scale), expected[:2], share=2e-3)  # rstd may differ in its last bit
+    assert_same((total,), expected[3:])
+    assert torch.allclose(amax.amax(0).cpu(), expected[2].amax(0), rtol=1e-2, equal_nan=True)  # a bfloat16 apart
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [*SHAPES, (2000, 1536), (300, 8192)])
+def test_norm_backward(shape: tuple, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(shape[0])
+    wide = torch.randn(3, shape[0], shape[1] + 8, generator=generator).to(dtype)
+    weight = torch.randn(shape[1], generator=generator)
+    # Rows that do not touch.
+    got, again = (norm_gradients(*wide.cuda()[:, :, : shape[1]], weight.cuda(), 1e-6) for _ in range(2))
+    dx, parts = norm_gradients(*wide[:, :, : shape[1]], weight, 1e-6)
+    last_place = 2.0**-7 if dtype == torch.bfloat16 else 1e-5
+    assert torch.allclose(got[0].cpu(), dx, rtol=last_place, atol=1e-5)
+    assert (got[1].cpu().sum(0) - parts.sum(0)).norm() < 1e-5 * parts.sum(0).norm()
+    assert all(torch.equal(*pair) for pair in zip(got, again)), "the same bits every time"
+
+
+def test_norm_backward_takes_a_gradient_that_is_one_number() -> None:
+    x, weight = torch.randn(2, 30, 256, device="cuda").bfloat16().requires_grad_(), torch.ones(256, device="cuda")
+    normed, stream = fork(x, weight, 1e-6)
+    (normed * 2 + stream).sum().backward()
+    ours = x.grad.clone()
+    x.grad = None
+    (rms_norm(x.float(), weight, 1e-6) * 2 + x.float()).sum().backward()
+    assert torch.allclose(ours, x.grad, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -105,6 +133,25 @@ def test_swiglu_backward_then_codes(shape: tuple, codes: bool, amax: bool) -> No
     assert_same(tuple(got[i] for i in (0, 1, 3, 4)), tuple(expected[i] for i in (0, 1, 3, 4)), share=2e-3)
     for ours, theirs in ((got[2], expected[2]), (got[5], expected[5])):
         assert torch.allclose(ours.amax(0).cpu(), theirs.amax(0), rtol=1e-4)
+
+
+def test_swiglu_backward_finds_what_is_not_finite() -> None:
+    """In the gradients' codes, scales and column maxima: of a whole block, and nowhere else."""
+    generator = torch.Generator().manual_seed(1)
+    gate_up, grad = torch.randn(300, 1024, generator=generator).bfloat16(), torch.ones(300, 512).bfloat16()
+    gate_up[7, 512 + 130], gate_up[290, 3], grad[150, 400] = torch.nan, torch.inf, -torch.inf
+    nothing = gate_up.new_empty(0)
+    got = swiglu_backward_quantize(grad.cuda(), gate_up.cuda(), nothing.cuda(), True)
+    expected = swiglu_backward_quantize(grad, gate_up, nothing, True)
+    assert_same(tuple(got[i] for i in (0, 1, 3, 4)), tuple(expected[i] for i in (0, 1, 3, 4)), share=2e-3)
+    for ours, theirs in (
+        (got[1], expected[1]),
+        (got[2].amax(0), expected[2].amax(0)),
+        (got[5].amax(0), expected[5].amax(0)),
+    ):
+        assert torch.equal(ours.isnan().cpu(), theirs.isnan())
+        assert theirs.isnan().any()
+        assert not theirs.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

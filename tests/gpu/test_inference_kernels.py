@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 from infir2.fp8.tensor import Operand
+from infir2.kernels.heads import HeadNorms, place_heads
 from infir2.kernels.norm import rms_norm
 from infir2.kernels.operand import with_layout
-from infir2.kernels.reference import FP8, scale_shape
+from infir2.kernels.paged_layout import empty_cache
+from infir2.kernels.parts import Parts, Split
+from infir2.kernels.reference import BLOCK, FP8, scale_shape
+from infir2.kernels.residual import add_norm, add_norm_quantize
 from infir2.kernels.rotary import rotate
 from infir2.kernels.swiglu import silu_mul
 from infir2.model.attention import causal_attention
@@ -132,6 +136,100 @@ def test_small_matmul_passes_faults_on() -> None:
     wrong = torch.zeros(40, 384, dtype=torch.bool)
     wrong[7], wrong[:, 128:256] = True, True
     assert torch.equal(got.isnan().cpu(), wrong)
+
+
+@pytest.mark.parametrize("shape", [(1536, 1536), (3584, 3584), (1536, 8960), (3584, 18944), (640, 1152)])
+def test_small_matmul_of_a_row_does_not_depend_on_the_others(shape: tuple[int, int]) -> None:
+    torch.manual_seed(sum(shape))
+    a = Operand.quantize(torch.randn(256, shape[1], device="cuda"), "tile", "ue8m0")
+    b = Operand.quantize(torch.randn(shape, device="cuda"), "block", "ue8m0")
+    together = small_matmul(a, b, torch.float32)
+    for rows in (1, 60, 65, 128, 200):
+        few = Operand(a.codes[:rows], with_layout(a.scale[:rows], "tile"), "tile")
+        assert torch.equal(small_matmul(few, b, torch.float32), together[:rows]), rows
+
+
+@pytest.mark.parametrize("rows", [1, 17, 128, 256, 300])
+@pytest.mark.parametrize("programs", [28, 56, 112, 66, 132, 100])
+@pytest.mark.parametrize("height", [64, 128, 256])
+def test_small_matmul_in_any_tiles_and_parts(height: int, programs: int, rows: int) -> None:
+    from infir2.kernels import small_matmul_triton
+
+    torch.manual_seed(rows)
+    a = Operand.quantize(torch.randn(rows, 1152, device="cuda"), "tile", "ue8m0")
+    b = Operand.quantize(torch.randn(3584, 1152, device="cuda"), "block", "ue8m0")
+    tile, split = small_matmul_triton._TILES[height], Split(28, 9, programs)
+    product = small_matmul_triton.multiply(a.codes, a.scale, b.codes, b.scale, rows, torch.float32, tile, split)
+    if isinstance(product, Parts):
+        joined = small_matmul_triton.join(product, torch.float32)
+        assert torch.equal(joined, product.added(torch.float32)), "the parts are not added in their order"
+        product = joined
+    expected = a.dequantize(torch.float64) @ b.dequantize(torch.float64).T
+    assert relative_error(product, expected) < 1e-3
+
+
+def parts_for(rows: int, outputs: int, programs: int, blocks: int = 10) -> Parts:
+    split = Split(outputs // BLOCK, blocks, programs)
+    return Parts(torch.randn(split.most, rows, outputs), split)
+
+
+@DTYPES
+@pytest.mark.parametrize("cols", [384, 1536, 3584])
+@pytest.mark.parametrize("kind", ["whole", "even parts", "uneven parts"])
+@torch.no_grad()
+def test_the_end_of_a_branch(kind: str, cols: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(cols)
+    rows, tiles = 37, cols // BLOCK
+    residual, weight = torch.randn(rows, cols).to(dtype), torch.rand(cols) + 0.5
+    programs = {"whole": 0, "even parts": 4 * tiles, "uneven parts": 5 * tiles - 1}[kind]
+    branch = parts_for(rows, cols, programs) if programs else torch.randn(rows, cols).to(dtype)
+    on_gpu = Parts(branch.sums.cuda(), branch.split) if isinstance(branch, Parts) else branch.cuda()
+    expected, normed = add_norm(residual, branch, weight, 1e-6)
+    got, got_normed = add_norm(residual.cuda(), on_gpu, weight.cuda(), 1e-6)
+    assert torch.equal(got.cpu(), expected), "sums are added in the same order"
+    assert_close(got_normed, normed)
+    _, codes, scale = add_norm_quantize(residual, branch, weight, 1e-6, 128)
+    got, got_codes, got_scale = add_norm_quantize(residual.cuda(), on_gpu, weight.cuda(), 1e-6, 128)
+    assert torch.equal(got.cpu(), expected)
+    assert_same_codes((got_codes[:rows], got_scale[:rows]), (codes[:rows], scale[:rows]))
+
+
+def assert_same_codes(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    """But for values that were rounded to a neighbour before."""
+    same = got[0].cpu().view(torch.uint8) == expected[0].view(torch.uint8)
+    assert (got[1].cpu() == expected[1]).float().mean() > 0.995
+    assert same.float().mean() > 0.99
+
+
+@DTYPES
+@pytest.mark.parametrize("cache_dtype", ["same", "fp8"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(12, 2, 128), (28, 4, 128), (4, 1, 32)])
+@torch.no_grad()
+def test_from_projections_to_the_cache(
+    heads: int, kv_heads: int, head_dim: int, normed: bool, biased: bool, cache_dtype: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(heads)
+    tokens, width = 21, (heads + 2 * kv_heads) * head_dim
+    qkv, bias = torch.randn(32, width).to(dtype), torch.randn(width).to(dtype) if biased else None
+    norms = HeadNorms(torch.rand(head_dim) + 0.5, torch.rand(head_dim) + 0.5, 1e-6) if normed else None
+    angles, slots = torch.rand(tokens, head_dim // 2) * 6, torch.randperm(64)[:tokens]
+    stored = FP8 if cache_dtype == "fp8" else dtype
+    caches = [empty_cache(4, 16, kv_heads, head_dim, stored, device) for device in ("cpu", "cuda")]
+    q = place_heads(qkv, bias, norms, angles.cos(), angles.sin(), caches[0], slots)
+    moved = [None if x is None else x.cuda() for x in (bias, angles.cos(), angles.sin(), slots)]
+    moved_norms = None if norms is None else HeadNorms(norms.query_weight.cuda(), norms.key_weight.cuda(), norms.eps)
+    got = place_heads(qkv.cuda(), moved[0], moved_norms, moved[1], moved[2], caches[1], moved[3])
+    assert_close(got, q)
+    place = slots // 16, slots % 16
+    for name, pool in vars(caches[0]).items():
+        if pool is not None:
+            ours, expected = getattr(caches[1], name).cpu()[place], pool[place]
+            if pool.dtype == FP8:
+                assert (ours.view(torch.uint8) == expected.view(torch.uint8)).float().mean() > 0.99
+            else:
+                assert_close(ours, expected)
 
 
 def test_a_cuda_graph_replays_small_matmul() -> None:

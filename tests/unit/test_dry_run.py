@@ -59,7 +59,7 @@ def test_a_7b_step_by_hand() -> None:
     h, scale = 3584, 4 / 128
     codes = 1 + scale
     # Twice the residual stream and what its norm quantised; q, k, v, attention's output and its codes; gate and up.
-    layer = 2 * (2 * h + codes * h + 4) + 2 * (4608 + h) + 4 * 28 + codes * h + codes * 2 * 18944
+    layer = 2 * (2 * h + codes * h) + 2 * (4608 + h) + 4 * 28 + codes * h + codes * 2 * 18944
     assert memory.passing["activations"] == pytest.approx(28 * 8192 * layer, rel=1e-3)
     small = estimate("qwen2.5-7b", 8192, optim__moments="bfloat16")
     assert small.lasting["AdamW moments (bfloat16)"] == 4 * parameters
@@ -100,7 +100,7 @@ def test_compiled_bf16_layers_keep_less() -> None:
     config = config_of("tiny", "bf16")
     kept = [kept_by_layers(model_of(config, layers=2), 256, compiled) for compiled in (False, True)]
     assert len(kept[1]) == 2
-    assert 0.5 * kept[0][0] < kept[1][0] < 0.9 * kept[0][0]
+    assert 0.5 * kept[0][0] < kept[1][0] < kept[0][0]
 
 
 MEASURED = [
@@ -120,3 +120,13 @@ def test_the_estimate_is_near_what_was_measured(file: str, name: str, tokens: in
     ours = (memory.peak - memory.lasting["AdamW moments (float32)"]) / GIB
     print(f"{name}, {tokens} tokens, {precision}: estimated {ours:.1f} GiB, measured {measured:.1f}")
     assert ours == pytest.approx(measured, rel=0.1)
+
+
+def test_keeping_attention_lies_between() -> None:
+    none, attention, full = (
+        estimate("qwen2.5-1.5b", 16384, train__activation_checkpointing=policy).passing["activations"]
+        for policy in ("none", "attention", "full")
+    )
+    heads = 2 * (12 + 2) * 128 * 2 + 4 * 12  # q, k, v and the output in bfloat16, a float32 a head
+    assert attention == full + 28 * 16384 * heads
+    assert full < attention < none / 2

@@ -15,7 +15,7 @@ from infir2.fp8.health import measure
 from infir2.fp8.linear import Fp8Linear
 from infir2.fp8.recipe import recipe_named
 from infir2.kernels import reference
-from infir2.kernels.norm import norm_quantize, rms_norm, rms_norm_backward
+from infir2.kernels.norm import fork, norm_quantize, rms_norm
 from infir2.kernels.rows import quantize_rows
 from infir2.kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_quantize, swiglu_quantize
 from infir2.kernels.transpose import transpose_rows
@@ -99,7 +99,7 @@ def test_a_mlp_keeps_codes_only() -> None:
     inner, hidden, tokens = *mlp.gate_proj.weight.shape, 512
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        mlp(torch.randn(1, tokens, hidden, requires_grad=True), norm)
+        mlp(*torch.randn(2, 1, tokens, hidden, requires_grad=True), norm)
     assert sum(t.numel() for t in saved if t.dtype != reference.FP8) < 1.1 * tokens * hidden, "beside x only scales"
     codes = sum(t.numel() for t in saved if t.dtype == reference.FP8)
     assert codes == tokens * (hidden + 2 * inner) + 3 * inner * hidden, "the input's, gate's, up's and the weights'"
@@ -163,14 +163,38 @@ def test_norm_and_its_backward_against_autograd() -> None:
     x = torch.randn(10, 64, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(64, dtype=torch.float64, requires_grad=True)
     y = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
-    grad = torch.randn(10, 64, dtype=torch.float64)
-    y.backward(grad)
-    x32, weight32 = x.detach().float(), weight.detach().float()
-    assert difference(rms_norm(x32, weight32, 1e-6), y.detach()) < 1e-6
-    rstd = norm_quantize(x32, weight32, 1e-6, False)[3]
-    dx, dw = rms_norm_backward(grad.float(), x32, weight32, rstd)
-    assert difference(dx, x.grad) < 1e-6
-    assert difference(dw, weight.grad) < 1e-6
+    grad, residual = torch.randn(2, 10, 64, dtype=torch.float64)
+    (y * grad + x * residual).sum().backward()
+    x32, weight32 = (tensor.detach().float().requires_grad_() for tensor in (x, weight))
+    normed, stream = fork(x32.unflatten(0, (2, 5)), weight32, 1e-6)
+    assert torch.equal(normed.flatten(0, 1), rms_norm(x32, weight32, 1e-6))
+    assert difference(normed.flatten(0, 1), y.detach()) < 1e-6
+    assert torch.equal(stream.flatten(0, 1), x32)
+    (normed.flatten(0, 1) * grad.float() + stream.flatten(0, 1) * residual.float()).sum().backward()
+    assert difference(x32.grad, x.grad) < 1e-6
+    assert difference(weight32.grad, weight.grad) < 1e-6
+
+
+def test_the_gradients_that_meet_in_a_norm_are_rounded_once() -> None:
+    x, grad, residual = torch.randn(3, 50, 128).bfloat16()
+    weight = torch.randn(128).bfloat16().float()
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        normed, stream = fork(leaf, weight, 1e-6)
+        torch.autograd.backward((normed, stream), (grad.to(dtype), residual.to(dtype)))
+        gradients.append(leaf.grad)
+    assert torch.equal(gradients[0], gradients[1].bfloat16())
+
+
+def test_a_norm_adds_the_update_first() -> None:
+    x, update, weight = *torch.randn(2, 40, 256).bfloat16(), torch.randn(256)
+    *got, total = norm_quantize(x, weight, 1e-6, True, update)
+    *expected, nothing = norm_quantize(x + update, weight, 1e-6, True)
+    assert torch.equal(total, x + update)
+    assert nothing.shape == (0, 256)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours.float(), theirs.float())
 
 
 def test_swiglu_and_its_backward_against_autograd() -> None:

@@ -131,3 +131,18 @@ def test_a_token_of_an_fp8_cache_does_not_depend_on_its_company() -> None:
     for one, other in ((together.keys, alone.keys), (together.values, alone.values)):
         assert torch.equal(one.view(torch.uint8).flatten(0, 1)[:20], other.view(torch.uint8).flatten(0, 1)[:20])
     assert torch.equal(together.key_scale.flatten(0, 1)[:20], alone.key_scale.flatten(0, 1)[:20])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FP8])
+def test_the_order_in_a_block_changes_nothing(dtype: torch.dtype) -> None:
+    """As a GPU's caches lie: the tokens of a head together."""
+    kv = contexts(2, LENGTHS, torch.float32)
+    tables = tables_for(LENGTHS, 16)
+    layout = layout_for(tables, LENGTHS, QUERIES, 16)
+    q = torch.randn(sum(QUERIES), 4, HEAD_DIM, generator=torch.Generator().manual_seed(2))
+    outs = []
+    for heads_first in (False, True):
+        cache = empty_cache(BLOCKS, 16, 2, HEAD_DIM, dtype, "cpu", heads_first=heads_first)
+        assert cache.strides["HEAD_STRIDE"] == (16 if heads_first else 1)
+        outs.append(attend(q, filled(cache, kv, tables, 16), layout))
+    assert torch.equal(*outs)
