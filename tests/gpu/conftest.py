@@ -1,4 +1,7 @@
-"""`make test-gpu` leaves a record: which tests ran, on what, and how they ended (bench/results/gpu_tests.json)."""
+"""`make test-gpu` leaves a record: which tests ran, on what, and how they ended (bench/results/gpu_tests.json).
+
+With INFIR2_RESULTS failures are also written there as they come (gpu_failures.txt): a run that is cut off names them.
+"""
 
 import json
 import os
@@ -17,6 +20,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _outcomes[report.outcome] += 1
         if report.failed:
             _failed.append(report.nodeid)
+            folder = os.environ.get("INFIR2_RESULTS")
+            if folder and "PYTEST_XDIST_WORKER" not in os.environ:
+                with (Path(folder) / "gpu_failures.txt").open("a", encoding="utf-8") as file:
+                    file.write(f"{report.nodeid}\n{report.longreprtext[-3000:]}\n\n")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

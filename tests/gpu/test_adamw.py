@@ -24,7 +24,9 @@ def test_the_kernel_gives_the_twins_bits(size: int, first: int) -> None:
     ours = state(size, generator)
     theirs = [tensor.cuda() for tensor in ours]
     for step in range(1, 6):
-        grad = torch.randn(size, generator=generator) * torch.exp2(torch.randint(-60, 20, (size,)).float())
+        grad = torch.randn(size, generator=generator) * torch.exp2(
+            torch.randint(-60, 20, (size,), generator=generator).float()
+        )
         grad[0] = (0.0, 1e-30, torch.inf, 1e30, torch.nan)[step - 1]
         update = Update.of(1e-3, (0.9, 0.95), 1e-8, 0.1, step, 3)
         adamw_(ours[0], grad, *ours[1:], update, first)

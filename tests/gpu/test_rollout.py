@@ -179,7 +179,14 @@ def requests(**changes: float) -> list[Request]:
     generator = torch.Generator().manual_seed(2)
     prompts = [tuple(torch.randint(0, 500, (5 + 7 * i,), generator=generator).tolist()) for i in range(20)]
     params = [
-        SamplingParams(temperature=0.8, max_new_tokens=20 + i, seed=i, ignore_eos=True, **(changes if i % 2 else {}))
+        SamplingParams(
+            temperature=0.8,
+            max_new_tokens=20 + i,
+            seed=i,
+            ignore_eos=True,
+            raw_logprobs=True,
+            **(changes if i % 2 else {}),
+        )
         for i in range(20)
     ]
     return [Request(prompt, each) for prompt, each in zip(prompts, params)]
@@ -190,16 +197,42 @@ def run(model: CausalLM, changes: dict[str, float] | None = None, **options: obj
     return [samples[0] for samples in engine.generate(requests(**(changes or {})))]
 
 
+def plain_logprobs(model: CausalLM, completions: list[Completion], cache_dtype: str) -> list[Tensor]:
+    """Of the same tokens, each behind the same ones, from passes without graphs: log-softmax at temperature 1."""
+    engine = Engine(model, options=EngineOptions(decode_rounds=1, cache_dtype=cache_dtype))
+    params = SamplingParams(temperature=0.0, max_new_tokens=1, ignore_eos=True, top_logprobs=512)
+    wanted, found = {}, {}
+    for i, (request, completion) in enumerate(zip(requests(), completions)):
+        for j, token in enumerate(completion.token_ids):
+            seen = request.prompt_ids + completion.token_ids[:j]
+            wanted[engine.add_request(Request(seen, params), f"{i} {j}")] = token
+    while engine.has_unfinished:
+        found.update((event.request_id, dict(event.top)[wanted[event.request_id]]) for event in engine.step())
+    return [torch.tensor([found[f"{i} {j}"] for j in range(len(c.token_ids))]) for i, c in enumerate(completions)]
+
+
 @pytest.mark.parametrize("cache_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("changes", [{}, {"top_p": 0.8}, {"top_k": 20}], ids=str)
 def test_graphs_change_nothing(model: CausalLM, changes: dict[str, float], cache_dtype: str) -> None:
+    """But for roundings: sums in another order move a few bfloat16 numbers or FP8 codes to a neighbour. That moves a
+    log-probability of this model by some hundredths, and so, of 512 tokens that are about equally likely, one drawn
+    token in 10 to 60: how many samples are equal says nothing. What is compared is the same token behind the same ones.
+    """
     plain = run(model, changes, decode_rounds=1, cache_dtype=cache_dtype)
     graphs = run(model, changes, decode_rounds=8, cache_dtype=cache_dtype)
-    equal = sum(a.token_ids == b.token_ids for a, b in zip(plain, graphs))
-    assert equal >= 17, "rows of another shape may round apart; most samples stay the same"
+    compared = 0
     for a, b in zip(plain, graphs):
-        if a.token_ids == b.token_ids:
-            assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=0.05)
+        pairs = zip(a.token_ids, b.token_ids)
+        same = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(a.token_ids))
+        assert torch.allclose(torch.tensor(a.logprobs[:same]), torch.tensor(b.logprobs[:same]), atol=0.1)
+        compared += same
+    assert compared > 60, "of 590; the first 20 are the prompts' pass"
+    differences = [
+        torch.tensor(completion.raw_logprobs) - expected
+        for completion, expected in zip(graphs, plain_logprobs(model, graphs, cache_dtype))
+    ]
+    assert torch.cat(differences).abs().max() < 0.1
+    assert torch.cat(differences).square().mean().sqrt() < 0.015, "a key unseen, or another head, makes 0.02"
 
 
 def test_graphs_are_deterministic(model: CausalLM) -> None:
