@@ -20,7 +20,8 @@ def fine_tuning(options: argparse.Namespace) -> SftConfig:
         "model": f'{{ preset = "{options.preset}", dtype = "{options.dtype}" }}',
         "data.train": out / "lessons.jsonl",
         "data.tokenizer": out / "tokenizer",
-        "data.max_tokens_per_gpu": options.batch_tokens,
+        # One micro-batch a step, which is filled up: as many tokens as the rows of a step have.
+        "data.max_tokens_per_gpu": min(options.batch_tokens, 128 * options.sft_batch),
         "optim.lr": options.sft_lr,
         "optim.min_lr": options.sft_lr / 20,
         "train.epochs": options.epochs,
