@@ -1,5 +1,5 @@
 """Triton kernel of row codes, and what the kernels that make row codes of something else (``norm_triton``,
-``swiglu_triton``, ``logprob_triton``) share with it.
+``swiglu_triton``, ``cross_entropy_triton``) share with it.
 
 Every kernel reads its input once. The twins that define the results are in ``rows``, ``norm`` and ``swiglu``. Imported
 only where a CUDA tensor is quantised. These kernels are bound by instructions as much as by memory, so: a scale is a

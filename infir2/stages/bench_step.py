@@ -19,7 +19,7 @@ from infir2.config import OptimSection
 from infir2.fp8.convert import convert, refresh_weights
 from infir2.fp8.fused import MlpActivations
 from infir2.fp8.recipe import recipe_named
-from infir2.kernels.logprob import cross_entropy_sum
+from infir2.kernels.cross_entropy import cross_entropy_sum
 from infir2.model.attention import causal_attention
 from infir2.model.config import ModelConfig
 from infir2.model.presets import preset

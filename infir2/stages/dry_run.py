@@ -6,13 +6,13 @@ import torch
 
 from infir2.config import TrainingConfig, TrainSection, to_toml
 from infir2.fp8.linear import Fp8Linear
+from infir2.kernels.vocabulary import CHUNK_LOGITS
 from infir2.model.config import ModelConfig
 from infir2.model.transformer import CausalLM
 from infir2.stages.kept_activations import kept_by_layers
 from infir2.stages.training import convert_as
 
 GIB = 2.0**30
-_CHUNK_LOGITS = 2**28  # as infir2.kernels.logprob cuts them
 _BACKWARD = "one layer's backward pass"
 
 
@@ -106,7 +106,7 @@ def _passing(config: TrainingConfig, model: CausalLM, tokens: int) -> dict[str, 
     working = 8 * tokens * shape.intermediate_size + (0 if policy == "none" else max(kept))
     # The head's weight in the compute dtype, or its FP8 codes and their transpose; its float32 gradient; some logits.
     weight = 2 if config.fp8.head else width
-    head = (weight + 4) * shape.vocab_size * shape.hidden_size + (width + config.fp8.head) * _CHUNK_LOGITS
+    head = (weight + 4) * shape.vocab_size * shape.hidden_size + (width + config.fp8.head) * CHUNK_LOGITS
     return {
         "activations": float(activations),
         _BACKWARD: float(working),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from infir2.kernels.logprob import cross_entropy_sum
+from infir2.kernels.cross_entropy import cross_entropy_sum
 from infir2.parallel.apply import set_gradient_sync
 from infir2.parallel.runtime import World
 from infir2.train.graphs import Graphs

@@ -10,7 +10,8 @@ from torch import Tensor
 from infir2.fp8.convert import convert, refresh_weights
 from infir2.fp8.recipe import recipe_named
 from infir2.kernels import reference
-from infir2.kernels.logprob import softmax_gradient_, token_gradient_, token_statistics
+from infir2.kernels.cross_entropy import softmax_gradient_
+from infir2.kernels.logprob import token_gradient_, token_statistics
 from infir2.kernels.norm import fork, norm_gradients, norm_quantize, rms_norm
 from infir2.kernels.rows import encode_rows, quantize_rows
 from infir2.kernels.swiglu import swiglu_backward_quantize, swiglu_quantize

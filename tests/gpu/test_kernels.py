@@ -8,7 +8,7 @@ from infir2.fp8.linear import Fp8Linear
 from infir2.fp8.recipe import RECIPE_NAMES, recipe_named
 from infir2.fp8.tensor import Operand
 from infir2.kernels import reference
-from infir2.kernels.logprob import cross_entropy_sum
+from infir2.kernels.cross_entropy import cross_entropy_sum
 from infir2.kernels.quantize import quantize, quantize_both
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

@@ -15,7 +15,7 @@ from infir2.data.chat import Sample
 from infir2.data.packing import best_fit_decreasing, pack_documents
 from infir2.data.sft import MULTIPLE, SftLoader, TokenRows, deal
 from infir2.errors import DataError
-from infir2.kernels.logprob import cross_entropy_sum
+from infir2.kernels.cross_entropy import cross_entropy_sum
 from infir2.model.attention import document_attention
 from infir2.model.transformer import CausalLM
 from infir2.types import IGNORE, Batch

@@ -4,19 +4,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from infir2.kernels import logprob
+from infir2.kernels import cross_entropy, logprob, vocabulary
 from infir2.kernels import reference as fp8_reference
 
 
 @pytest.mark.parametrize("chunk_logits", [1 << 27, 7 * 1000])
 def test_loss_and_gradients_equal_torch(chunk_logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprob, "_CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", chunk_logits)
     torch.manual_seed(0)
     hidden = torch.randn(50, 64).requires_grad_()
     weight = torch.randn(1000, 64, requires_grad=True)
     labels = torch.randint(0, 1000, (50,))
     labels[::7] = -100
-    loss = logprob.cross_entropy_sum(hidden, weight, labels)
+    loss = cross_entropy.cross_entropy_sum(hidden, weight, labels)
     (loss / 3).backward()
     got = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
@@ -30,7 +30,7 @@ def test_loss_and_gradients_equal_torch(chunk_logits: int, monkeypatch: pytest.M
 def test_nothing_trained_on_is_zero_loss_and_zero_gradient() -> None:
     hidden = torch.randn(5, 8, requires_grad=True)
     weight = torch.randn(16, 8, requires_grad=True)
-    loss = logprob.cross_entropy_sum(hidden, weight, torch.full((5,), -100))
+    loss = cross_entropy.cross_entropy_sum(hidden, weight, torch.full((5,), -100))
     loss.backward()
     assert loss.item() == 0
     assert not hidden.grad.any()
@@ -39,7 +39,7 @@ def test_nothing_trained_on_is_zero_loss_and_zero_gradient() -> None:
 
 def test_no_gradient_work_without_gradients() -> None:
     with torch.no_grad():
-        loss = logprob.cross_entropy_sum(torch.randn(5, 8), torch.randn(16, 8), torch.arange(5))
+        loss = cross_entropy.cross_entropy_sum(torch.randn(5, 8), torch.randn(16, 8), torch.arange(5))
     assert loss.isfinite()
 
 
@@ -57,7 +57,7 @@ def reference(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float
 def test_token_logprobs_and_their_gradients_in_float64(
     chunk_logits: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprob, "_CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", chunk_logits)
     torch.manual_seed(1)
     hidden = torch.randn(40, 24, dtype=torch.float64).requires_grad_()
     weight = torch.randn(300, 24, dtype=torch.float64).requires_grad_()
@@ -122,7 +122,7 @@ def test_an_fp8_head_changes_the_loss_by_the_rounding_of_its_operands() -> None:
     results = []
     for fp8 in (False, True):
         hidden.grad = weight.grad = None
-        loss = logprob.cross_entropy_sum(hidden, weight, labels, fp8=fp8)
+        loss = cross_entropy.cross_entropy_sum(hidden, weight, labels, fp8=fp8)
         loss.backward()
         results.append((loss.item(), hidden.grad.float(), weight.grad.clone()))
     plain, quantised = results
@@ -136,7 +136,7 @@ def test_an_fp8_head_multiplies_the_codes_that_the_quantiser_gives() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(128, 256).bfloat16().requires_grad_(), torch.randn(512, 256)
     labels = torch.randint(0, 512, (128,))
-    loss = logprob.cross_entropy_sum(hidden, weight, labels, fp8=True)
+    loss = cross_entropy.cross_entropy_sum(hidden, weight, labels, fp8=True)
     loss.backward()
 
     def exact(x: Tensor, granularity: str) -> Tensor:
