@@ -73,8 +73,7 @@ def _empty_scaled_mm(
     return torch.empty(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device)
 
 
-@custom_op(_empty_scaled_mm)
-def scaled_mm(
+def _scaled_mm(
     a: Tensor,
     a_scale: Tensor,
     a_granularity: str,
@@ -105,19 +104,10 @@ def scaled_mm(
     )
 
 
-@custom_op(_empty_scaled_mm)
-def scaled_mm_again(
-    a: Tensor,
-    a_scale: Tensor,
-    a_granularity: str,
-    b: Tensor,
-    b_scale: Tensor,
-    b_granularity: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """``scaled_mm`` under another name, for a backward pass that computes a product anew to save memory: torch.compile
-    takes two calls of one operator for one, and would keep the forward pass's result."""
-    return scaled_mm(a, a_scale, a_granularity, b, b_scale, b_granularity, out_dtype)
+scaled_mm = custom_op(_empty_scaled_mm, "scaled_mm")(_scaled_mm)
+# The same under another name, for a backward pass that computes a product anew to save memory: torch.compile takes two
+# calls of one operator for one, and would keep the forward pass's result.
+scaled_mm_again = custom_op(_empty_scaled_mm, "scaled_mm_again")(_scaled_mm)
 
 
 def multiply_rows(
