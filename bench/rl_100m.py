@@ -1,4 +1,4 @@
-"""Does reinforcement learning raise the held-out accuracy of a model of 114 million parameters, in FP8 as in BF16?
+"""Does reinforcement learning raise the held-out accuracy of a model of 125 million parameters, in FP8 as in BF16?
 
     python bench/rl_100m.py --out FOLDER --json bench/results/rl_100m_h200.json      (one GPU, minutes)
     python bench/plot_rl.py bench/results/rl_100m_h200.json docs/img/rl_100m.svg

@@ -1,6 +1,7 @@
 """Triton kernel of the cross-entropy: logits to their gradient, in place, reading them twice and writing them once.
 
-The twin is ``cross_entropy.softmax_gradient_``. Imported only where CUDA logits are met.
+The twin is ``cross_entropy.softmax_gradient_``. Imported only where CUDA logits are met. One program takes a row. The
+second pass goes backwards, so that it meets what the first one read last while that is still in the chip's cache.
 """
 
 import torch
@@ -12,44 +13,90 @@ from infir2.kernels.operand import empty_rows
 from infir2.kernels.reference import BLOCK
 from infir2.kernels.rows_triton import _encode_rows
 
+_LOG2E = tl.constexpr(1.4426950408889634)
+_VECTOR = tl.constexpr(8)  # numbers that a thread reads at once
+
+
+@triton.jit
+def _summed(largest, total, logits, start, vocabulary, SIZE: tl.constexpr, THREADS: tl.constexpr, WHOLE: tl.constexpr):
+    """Every thread's largest logit, and its sum of exponentials below that, after SIZE more logits."""
+    reads = tl.arange(0, SIZE // (THREADS * _VECTOR))[:, None, None] * THREADS
+    c = (reads + tl.arange(0, THREADS)[None, :, None]) * _VECTOR + tl.arange(0, _VECTOR)[None, None, :]
+    if WHOLE:
+        x = tl.load(logits + start + c).to(tl.float32)
+    else:
+        x = tl.load(logits + start + c, mask=start + c < vocabulary, other=-float("inf")).to(tl.float32)
+    higher = tl.maximum(largest, tl.max(tl.max(x, axis=2), axis=0))
+    powers = tl.exp2(x * _LOG2E - (higher * _LOG2E)[None, :, None])
+    return higher, total * tl.exp2((largest - higher) * _LOG2E) + tl.sum(tl.sum(powers, axis=2), axis=0)
+
+
+@triton.jit
+def _write_gradient(
+    logits, codes, scale, start, lse2, label, valid, vocabulary, rows,
+    SIZE: tl.constexpr, ENCODE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """softmax - onehot of SIZE logits, in place, and its row codes."""
+    tile = tl.arange(0, SIZE // 128)
+    place = tile[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = start + place < vocabulary
+    if WHOLE:
+        x = tl.load(logits + start + place).to(tl.float32)
+    else:
+        x = tl.load(logits + start + place, mask=inside, other=-float("inf")).to(tl.float32)
+    gradient = tl.where(valid, tl.exp2(x * _LOG2E - lse2), 0.0)
+    if valid & (label >= start) & (label < start + SIZE):
+        gradient -= tl.where(place == label - start, 1.0, 0.0)
+    if WHOLE:
+        tl.store(logits + start + place, gradient)
+    else:
+        tl.store(logits + start + place, gradient, mask=inside)
+    if ENCODE:
+        encoded, scales, _ = _encode_rows(gradient)
+        first = start // 128 + tile
+        if WHOLE:
+            tl.store(codes + start + place, encoded)
+            tl.store(scale + first.to(tl.int64) * rows, scales)
+        else:
+            tl.store(codes + start + place, encoded, mask=inside)
+            tl.store(scale + first.to(tl.int64) * rows, scales, mask=first * 128 < vocabulary)
+
 
 @triton.jit
 def _softmax_gradient_kernel(
     logits_ptr, labels_ptr, nll_ptr, codes_ptr, scale_ptr, rows, vocabulary, stride, ignore,
-    GRADIENT: tl.constexpr, ENCODE: tl.constexpr, SIZE: tl.constexpr,
+    GRADIENT: tl.constexpr, ENCODE: tl.constexpr, SIZE: tl.constexpr, THREADS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One row: a maximum and a sum of exponentials in every lane, joined at the end; float32 throughout."""
+    """A maximum and a sum of exponentials in every thread, joined at the end; float32 throughout."""
     row = tl.program_id(0).to(tl.int64)
     logits = logits_ptr + row * stride
     label = tl.load(labels_ptr + row)
     valid = label != ignore
-    c = tl.arange(0, SIZE)
-    largest = tl.full([SIZE], -3.0e38, tl.float32)
-    total = tl.zeros([SIZE], tl.float32)
-    for start in range(0, vocabulary, SIZE):
-        x = tl.load(logits + start + c, mask=start + c < vocabulary, other=-float("inf")).to(tl.float32)
-        higher = tl.maximum(largest, x)
-        total = total * tl.exp(largest - higher) + tl.exp(x - higher)
-        largest = higher
+    largest = tl.full([THREADS], -2.0e38, tl.float32)
+    total = tl.zeros([THREADS], tl.float32)
+    whole = vocabulary // SIZE
+    for step in tl.range(whole, num_stages=STAGES):
+        largest, total = _summed(largest, total, logits, step * SIZE, vocabulary, SIZE, THREADS, True)
+    if whole * SIZE < vocabulary:
+        largest, total = _summed(largest, total, logits, whole * SIZE, vocabulary, SIZE, THREADS, False)
     top = tl.max(largest, axis=0)
-    lse = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
+    lse = top + tl.log(tl.sum(total * tl.exp2((largest - top) * _LOG2E), axis=0))
     target = tl.load(logits + tl.where(valid, label, 0)).to(tl.float32)
     tl.store(nll_ptr + row, tl.where(valid, lse - target, 0.0))
     if GRADIENT:
         tl.debug_barrier()  # the target was read by every thread before anything is overwritten
-        tile = tl.arange(0, SIZE // 128)
-        place = tile[:, None] * 128 + tl.arange(0, 128)[None, :]
-        for start in range(0, vocabulary, SIZE):
-            inside = start + place < vocabulary
-            x = tl.load(logits + start + place, mask=inside, other=-float("inf")).to(tl.float32)
-            gradient = tl.exp(x - lse) - tl.where(start + place == label, 1.0, 0.0)
-            gradient = tl.where(valid, gradient, 0.0)
-            tl.store(logits + start + place, gradient, mask=inside)
-            if ENCODE:
-                codes, scale, _ = _encode_rows(gradient)
-                tl.store(codes_ptr + row * vocabulary + start + place, codes, mask=inside)
-                first = start // 128 + tile
-                tl.store(scale_ptr + first.to(tl.int64) * rows + row, scale, mask=first * 128 < vocabulary)
+        codes, scale, lse2 = codes_ptr + row * vocabulary, scale_ptr + row, lse * _LOG2E
+        if whole * SIZE < vocabulary:
+            _write_gradient(
+                logits, codes, scale, whole * SIZE, lse2, label, valid, vocabulary, rows, SIZE, ENCODE, False
+            )
+        for step in tl.range(whole, num_stages=STAGES):
+            start = (whole - 1 - step) * SIZE
+            _write_gradient(logits, codes, scale, start, lse2, label, valid, vocabulary, rows, SIZE, ENCODE, True)
+
+
+# Shape of the launches: logits that a program takes at a time, warps, and such parts in flight.
+_SIZE, _WARPS, _STAGES = 8192, 8, 1
 
 
 def softmax_gradient_(
@@ -64,6 +111,6 @@ def softmax_gradient_(
     scale[tokens:] = 1.0
     _softmax_gradient_kernel[(tokens,)](
         logits, labels, nll, codes, scale, rows, vocabulary, logits.stride(0), ignore,
-        GRADIENT=gradient, ENCODE=encode, SIZE=8192, num_warps=8,
+        GRADIENT=gradient, ENCODE=encode, SIZE=_SIZE, THREADS=32 * _WARPS, STAGES=_STAGES, num_warps=_WARPS,
     )  # fmt: skip
     return nll, (codes, scale) if encode else None

@@ -75,23 +75,30 @@ def _power_of_two(bits):
 
 
 @triton.jit
-def _encode_rows(value):
-    """Of a [rows, 128] float32 tile: codes, and of every row its scale and its largest magnitude, NaN if it has one."""
+def _encode_rows(value, LANES: tl.constexpr = True):
+    """Of a [rows, 128] float32 tile: codes, and of every row its scale and its largest magnitude, NaN if it has one.
+
+    LANES: four codes that are made at a time lie in one row, as they do where the tile came by vector loads.
+    """
     largest = tl.reduce(_absolute(value), 1, _larger)
     bits = largest.to(tl.int32, bitcast=True)
     power = _power_of_two(bits)
     finite = bits < 0x7F800000
     factor = (0x7F000000 - power).to(tl.float32, bitcast=True)
-    mask = tl.where(finite, -1, 0)
+    if LANES:
+        mask = tl.where(finite, -1, 0)
+    else:
+        value = tl.where(finite[:, None], value, 0.0)
+        mask = tl.full(bits.shape, -1, tl.int32)
     codes = _codes(value, tl.broadcast_to(factor[:, None], value.shape), tl.broadcast_to(mask[:, None], value.shape))
     scale = tl.where(finite, tl.where(bits == 0, 0x3F800000, power), 0x7FC00000)
     return codes, scale.to(tl.float32, bitcast=True), largest
 
 
 @triton.jit
-def _store_rows(value, codes_ptr, scale_ptr, r, c, inside, rows, stride):
+def _store_rows(value, codes_ptr, scale_ptr, r, c, inside, rows, stride, LANES: tl.constexpr = True):
     """Quantise a tile by rows and write its codes and its scales, which lie one below the other; the rows' maxima."""
-    codes, scale, largest = _encode_rows(value)
+    codes, scale, largest = _encode_rows(value, LANES)
     tl.store(codes_ptr + (r[:, None] * stride + c[None, :]), codes, mask=inside)
     tl.store(scale_ptr + r, scale, mask=r < rows)
     return largest
@@ -119,7 +126,7 @@ def _keep_largest(amax_ptr, columns, rows, c, inside, cols):
 @triton.jit
 def _rows_kernel(
     x_ptr, codes_ptr, scale_ptr, amax_ptr, rows, cols, stride,
-    AMAX: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    AMAX: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * (STEPS * ROWS)
     col_block = tl.program_id(1)
@@ -133,7 +140,7 @@ def _rows_kernel(
         r = step * ROWS + tl.arange(0, ROWS)
         inside = (r < rows - first)[:, None] & (c < cols)[None, :]
         value = _wide(tl.load(x_ptr + (r[:, None] * stride + c[None, :]), mask=inside, other=0.0))
-        largest = _store_rows(value, codes_ptr, scale_ptr, r, c, inside, rows - first, cols)
+        largest = _store_rows(value, codes_ptr, scale_ptr, r, c, inside, rows - first, cols, LANES)
         if AMAX:
             columns, highest = _raised(columns, highest, value, largest)
     if AMAX:
@@ -152,8 +159,9 @@ def quantize_rows(x: Tensor, amax: bool) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols = x.shape
     codes, scale, largest = zeroed_rows(rows, cols, amax, x.device)
     shape = _STRIP if amax else _PLAIN
+    vectors = x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
     _rows_kernel[grid(rows, cols, shape)](
-        x, codes, scale, largest.view(torch.int32), rows, cols, x.stride(0), AMAX=amax, **shape
+        x, codes, scale, largest.view(torch.int32), rows, cols, x.stride(0), AMAX=amax, LANES=vectors, **shape
     )
     return codes, scale, largest
 

@@ -42,8 +42,9 @@ class Graphs:
     """Runs work on micro-batches of one model, in one process, on one GPU.
 
     The first micro-batch of a shape runs eagerly, because what is compiled or chosen at a first call must not be
-    recorded; the second is recorded. All graphs share one memory pool, and the gradients are the same tensors in all of
-    them: they stay allocated between steps, also where ``optimizer.zero_grad`` has let go of them.
+    recorded; the second is recorded. All graphs share one memory pool, from which an eager micro-batch takes what it
+    keeps for its backward pass as well: there is no room for it twice. The gradients are the same tensors in all
+    graphs: they stay allocated between steps, also where ``optimizer.zero_grad`` has let go of them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,7 +52,8 @@ class Graphs:
         self._gradients: list[Tensor | None] | None = None
         self._recorded: dict[Any, _Recorded] = {}
         self._seen: set[Any] = set()
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = torch.cuda.MemPool()
+        self._stream = torch.cuda.Stream()  # of all recordings: memory in a pool belongs to a stream
 
     def train(self, work: Work, batch: Batch, divisor: Tensor) -> Mapping[str, Tensor]:
         """``work(batch, divisor)``, which adds gradients. The results hold until the next call."""
@@ -85,9 +87,18 @@ class Graphs:
         if key not in self._recorded:
             if key not in self._seen or len(self._recorded) == _MOST_GRAPHS:
                 self._seen.add(key)
-                return work(batch, divisor)
+                return self._eagerly(work, batch, divisor)
             self._recorded[key] = self._record(work, batch, divisor)
         return self._recorded[key].replay(batch, divisor)
+
+    def _eagerly(self, work: Work, batch: Batch, divisor: Tensor) -> Mapping[str, Tensor]:
+        """In the memory of the graphs, of which none is being replayed."""
+        here = torch.cuda.current_stream()
+        self._stream.wait_stream(here)
+        with torch.cuda.use_mem_pool(self._pool), torch.cuda.stream(self._stream):
+            results = work(batch, divisor)
+        here.wait_stream(self._stream)
+        return results
 
     def _record(self, work: Work, batch: Batch, divisor: Tensor) -> _Recorded:
         copies: dict[str, Any] = {name: value.clone() for name, value in batch.tensors().items()}
@@ -95,7 +106,7 @@ class Graphs:
         divisor = divisor.clone()
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as one that writes a checkpoint, may use the GPU meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream, capture_error_mode="thread_local"):
             results = work(places, divisor)
         return _Recorded(graph, places, divisor, results)
 

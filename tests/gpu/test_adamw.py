@@ -52,7 +52,7 @@ def test_the_optimizer_is_the_same_on_both_devices_and_near_torchs() -> None:
     ends = []
     for kind, device in ((Bfloat16MomentsAdamW, "cpu"), (Bfloat16MomentsAdamW, "cuda"), (torch.optim.AdamW, "cuda")):
         generator = torch.Generator().manual_seed(1)
-        parameters = [nn.Parameter(value.to(device)) for value in start]
+        parameters = [nn.Parameter(value.to(device, copy=True)) for value in start]
         optimizer = kind(parameters, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
         for _ in range(20):
             for parameter in parameters:

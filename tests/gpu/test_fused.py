@@ -222,8 +222,10 @@ def test_a_model_on_the_gpu_is_the_model_on_the_cpu(recipe: str, keep: str) -> N
         results.append((loss.item(), {name: p.grad.cpu() for name, p in model.named_parameters()}))
     assert results[0][0] == pytest.approx(results[1][0], rel=2e-3)
     for name, gradient in results[0][1].items():
+        # Attention does not change with the keys' bias: its gradient is what rounding leaves of a sum that vanishes.
+        limit = 0.2 if name.endswith("k_proj.bias") else 0.08
         error = (results[1][1][name] - gradient).norm() / gradient.norm()
-        assert error < 0.08, (name, error)
+        assert error < limit, (name, error)
 
 
 def test_norm_weight_dtype_does_not_matter() -> None:
