@@ -23,9 +23,11 @@ from infir2.model.rotary import Rotary
 Head = Callable[[Tensor, Tensor], Any]
 """``head(hidden [batch, length, hidden], weight [vocabulary, hidden])``: a loss that needs no logits."""
 
-# Faster ways to compute the same, put in from outside: (residual stream, norm weight, norm epsilon) -> q, k and v, and
-# the residual stream; (residual stream, update, norm weight, norm epsilon) -> what ``MLP`` makes of them.
+# Faster ways to compute the same, put in from outside: (residual stream, norm weight, norm epsilon) -> outputs of the
+# q, k and v projections, and the residual stream; the same and (cos, sin) -> what ``Attention.heads`` returns;
+# (residual stream, update, norm weight, norm epsilon) -> what ``MLP`` makes of them.
 FusedProjections = Callable[[Tensor, Tensor, float], tuple[tuple[Tensor, ...], Tensor]]
+FusedHeads = Callable[[Tensor, Tensor, float, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 FusedMlp = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
@@ -63,10 +65,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.fused_projections: FusedProjections | None = None
+        self.fused_heads: FusedHeads | None = None
 
     def heads(self, hidden: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The residual stream [batch, length, hidden], through ``norm`` -> q, k, v [batch, length, heads, head_dim],
         and itself."""
+        if self.fused_heads is not None:
+            return self.fused_heads(hidden, norm.weight, norm.eps, cos, sin)
         projections, hidden = self._project(hidden, norm)
         # The number of heads is what is left over: tensor parallelism gives each device a part of them.
         q, k, v = (projected.unflatten(-1, (-1, self.head_dim)) for projected in projections)
