@@ -153,7 +153,7 @@ class _Heads(torch.autograd.Function):
         weights, biases = weights_and_biases[:3], weights_and_biases[3:]
         y, kept = _project(ctx, x, norm_weight, eps, w_codes, w_scale, recipe, training, measured, weights)
         ctx.save_for_backward(*kept, cos, sin)
-        ctx.biased = bool(biases)
+        ctx.biased = len(biases) > 0
         bias = torch.cat(biases).to(y.dtype) if biases else None
         return *turned_heads(y, bias, cos, sin, kv_heads), x
 
