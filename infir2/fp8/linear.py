@@ -24,7 +24,7 @@ class Fp8Linear(nn.Linear):
     """Drop-in for nn.Linear: same parameters and names, FP8 arithmetic by ``recipe``.
 
     x [..., in_features] in bfloat16 or float32 -> [..., out_features] in the same dtype. The bias is added outside FP8.
-    Call ``refresh`` whenever the weight has changed.
+    Call ``infir2.fp8.convert.refresh_weights(model)`` whenever weights have changed.
     """
 
     recipe: Recipe

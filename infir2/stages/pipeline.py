@@ -40,7 +40,7 @@ ACCEPTS_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pipeline", type=Path, metavar="PIPELINE", help="TOML file, such as pipelines/demo.toml")
+    parser.add_argument("pipeline", type=Path, metavar="PIPELINE", help="TOML file, such as recipes/pipeline_tiny.toml")
     parser.add_argument("--list", action="store_true", help="show the stages, which are finished, and their commands")
     parser.add_argument("--until", metavar="NAME", help="stop after this stage")
     parser.epilog = "--run FOLDER and --vars.NAME VALUE replace what the file says."
