@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import torch
 
-from infir2.checkpoint.fp8_format import Fp8Folder, check_quantization
+from infir2.checkpoint.fp8_format import Fp8Folder, ScaleFormat, check_quantization
 from infir2.checkpoint.huggingface import CONFIG, TOKENIZER_FILES, HfFolder, Tensors, read_config, stored_names
 from infir2.checkpoint.store import META, CheckpointStore
 from infir2.checkpoint.stored_model import StoredModel
 from infir2.errors import CheckpointError
+from infir2.fp8.convert import keep_outer_layers
 from infir2.model.config import ModelConfig, from_hf
 from infir2.model.transformer import CausalLM
 
@@ -45,6 +46,14 @@ class ModelSource:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """By parameter name."""
         return {name: self.tensors.shapes[stored] for name, stored in self.names.items()}
+
+    def trained_fp8(self) -> tuple[str, ScaleFormat, dict[str, str]]:
+        """(recipe, scale format, layers to keep in high precision -> why) of the run that made the checkpoint; those of
+        a bf16 run for any other source."""
+        trained = (self.meta.get("config") or {}).get("fp8") or {}
+        first, last = trained.get("bf16_first_layers", 0), trained.get("bf16_last_layers", 0)
+        keep = keep_outer_layers(self.architecture.num_hidden_layers, first, last)
+        return trained.get("recipe", "bf16"), trained.get("scale_format", "ue8m0"), keep
 
 
 def open_source(text: str, dtype: torch.dtype = torch.bfloat16) -> ModelSource:

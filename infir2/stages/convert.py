@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from infir2.errors import ConfigError
+from infir2.errors import CheckpointError, ConfigError
 from infir2.stages.byte_progress import byte_progress
 
 if TYPE_CHECKING:
@@ -134,21 +134,15 @@ def _convert(model: "ModelSource", out: Path, to: Format, options: Options, cons
 def plan(model: "ModelSource", options: Options) -> "Fp8Export":
     """What is quantised. The layers and the scale format of a run that trained in FP8 are kept."""
     from infir2.checkpoint.export_fp8 import plan_export
-    from infir2.errors import CheckpointError
-    from infir2.fp8.convert import keep_outer_layers
 
     if model.kind == "fp8":
         raise CheckpointError(
             f"{model.path}: is already an FP8 folder; to quantise it anew, convert it with --to hf first"
         )
-    trained = (model.meta.get("config") or {}).get("fp8") or {}
-    keep: dict[str, str] = {}
-    scale_format = options.scale_format
-    if trained.get("recipe", "bf16") != "bf16":
-        first, last = trained.get("bf16_first_layers", 0), trained.get("bf16_last_layers", 0)
-        keep = keep_outer_layers(model.architecture.num_hidden_layers, first, last)
-        scale_format = scale_format or trained.get("scale_format")
-    return plan_export(model.architecture, scale_format or "ue8m0", options.scale_dtype or "fp32", keep)
+    recipe, scale_format, keep = model.trained_fp8()
+    if recipe == "bf16":  # it had no scales, and every layer can be quantised
+        scale_format, keep = "ue8m0", {}
+    return plan_export(model.architecture, options.scale_format or scale_format, options.scale_dtype or "fp32", keep)
 
 
 def _export_lines(export: "Fp8Export") -> Iterator[str]:

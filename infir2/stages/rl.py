@@ -56,6 +56,9 @@ def run(args: argparse.Namespace) -> int:
 
 def plan(config: RlConfig, world: "World") -> str:
     """What the recipe would do, for people; nothing is written."""
+    import torch
+
+    from infir2.rollout.cache_size import bytes_per_token, stored_dtype
     from infir2.stages.dry_run import GIB, Workload, describe_run
     from infir2.stages.sft import open_model
 
@@ -64,13 +67,13 @@ def plan(config: RlConfig, world: "World") -> str:
     train, rollout = config.train, config.rollout
     longest, _ = config.longest
     work = Workload(train.steps, train.steps * train.global_batch * longest, config.data.max_tokens_per_gpu)
-    width = 1 if rollout.cache_dtype == "fp8" else 2
-    heads = 2 * architecture.num_hidden_layers * architecture.num_key_value_heads * architecture.head_dim
+    shape = (architecture.num_hidden_layers, architecture.num_key_value_heads, architecture.head_dim)
+    token = bytes_per_token(*shape, stored_dtype(rollout.cache_dtype, getattr(torch, config.model.dtype)))
     return "\n".join(
         [
             describe_run(config, architecture, world.size, work),
             f"while it samples, the engine's cache of {rollout.cache_tokens:,} tokens: "
-            f"{rollout.cache_tokens * heads * width / GIB:.2f} GiB",
+            f"{rollout.cache_tokens * token / GIB:.2f} GiB",
             *_data_lines(config, data),
         ]
     )
