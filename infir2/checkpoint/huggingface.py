@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from infir2.checkpoint import manifest
 from infir2.checkpoint.safetensors_writer import INDEX, WEIGHTS, TensorSpec, write_gathered, write_planned
 from infir2.checkpoint.state import model_state
-from infir2.data.tokenizer import TOKENIZER_FILES
-from infir2.durable import write_file
+from infir2.data.tokenizer import copy_tokenizer
+from infir2.durable import replace_file
 from infir2.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -170,17 +170,17 @@ def write_folder(
     fp32 to bf16 rounds to nearest even. ``tokenizer`` is a folder whose tokenizer files are copied, or one
     tokenizer.json. ``extra_files`` maps file names to text and wins over the generated files. With ``specs``, what is
     to be stored of every tensor, no tensor is kept; without, one shard is held in memory. Raises CheckpointError if
-    ``out`` is there and not empty or cannot be written, and leaves nothing.
+    ``out`` is there and not empty or cannot be written, DataError for a ``tokenizer`` that is none, and leaves nothing.
     """
     with new_folder(out) as temporary:
         cast = ((name, _cast(tensor, dtype)) for name, tensor in tensors)
         texts = {CONFIG: _to_json(_config_to_write(config, dtype)), "generation_config.json": _generation(config)}
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, temporary, complete=False)
         for name, text in {**texts, **(extra_files or {})}.items():
             if Path(name).name != name:
                 raise CheckpointError(f"{out}: {name!r} is not a plain file name")
-            write_file(temporary / name, text.encode())
-        if tokenizer is not None:
-            copy_tokenizer(tokenizer, temporary)
+            replace_file(temporary / name, text.encode())
         if specs is None:
             write_gathered(temporary, cast, max_shard_bytes)
         else:
@@ -218,17 +218,6 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(f"{folder.parent}: no space: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
-
-
-def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
-    """Copy the tokenizer files of a folder, or one tokenizer.json, but none that ``folder`` already has."""
-    files = [tokenizer] if tokenizer.is_file() else [tokenizer / name for name in TOKENIZER_FILES]
-    found = [path for path in files if path.is_file()]
-    if not found:
-        raise CheckpointError(f"{tokenizer}: no tokenizer files in it")
-    for path in found:
-        if not (folder / path.name).exists():
-            write_file(folder / path.name, path.read_bytes())
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

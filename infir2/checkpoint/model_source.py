@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 
 from infir2.checkpoint.fp8_format import Fp8Folder, ScaleFormat, check_quantization
-from infir2.checkpoint.huggingface import CONFIG, TOKENIZER_FILES, HfFolder, Tensors, read_config, stored_names
+from infir2.checkpoint.huggingface import CONFIG, HfFolder, Tensors, read_config, stored_names
 from infir2.checkpoint.store import META, CheckpointStore
 from infir2.checkpoint.stored_model import StoredModel
+from infir2.data.tokenizer import has_tokenizer
 from infir2.errors import CheckpointError
 from infir2.fp8.convert import keep_outer_layers
 from infir2.model.config import ModelConfig, from_hf
@@ -78,7 +79,7 @@ def _from_folder(path: Path, dtype: torch.dtype) -> ModelSource:
     architecture = from_hf(plain, name)
     tensors = Fp8Folder(path, dtype) if quantised else HfFolder(path)
     names = stored_names(tensors, _meta_model(architecture))
-    tokenizer = path if _has_tokenizer(path) else None
+    tokenizer = path if has_tokenizer(path) else None
     return ModelSource(
         "fp8" if quantised else "hf", path, architecture, plain, tensors, names, tokenizer, _carried(path)
     )
@@ -93,7 +94,7 @@ def _from_checkpoint(path: Path) -> ModelSource:
     names = stored_names(tensors, _meta_model(architecture))
     beside = path.parent.parent / TOKENIZER
     recorded = Path(meta["tokenizer"]) if meta.get("tokenizer") else None
-    tokenizer = next((place for place in (beside, recorded) if place and _has_tokenizer(place)), None)
+    tokenizer = next((place for place in (beside, recorded) if place and has_tokenizer(place)), None)
     # A trained model inherits from the one it started from, but is not described by that one's card.
     parent = ((meta.get("config") or {}).get("model") or {}).get("path")
     heirlooms = [_carried(Path(place), CARRIED[:2]) for place in (parent, recorded) if place]
@@ -104,10 +105,6 @@ def _from_checkpoint(path: Path) -> ModelSource:
 def _meta_model(architecture: ModelConfig) -> CausalLM:
     with torch.device("meta"):
         return CausalLM(architecture)
-
-
-def _has_tokenizer(path: Path) -> bool:
-    return path.is_file() or any((path / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _carried(folder: Path, names: tuple[str, ...] = CARRIED) -> dict[str, str]:
