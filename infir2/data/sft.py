@@ -222,9 +222,9 @@ class SftLoader:
         read, padded = self._filling(self.rows_of(step))
         return {"epoch": step / self.steps_per_epoch, "processed_tokens": read, "packing_efficiency": read / padded}
 
-    def efficiency(self, most_steps: int = 200) -> float:
-        """Tokens of rows / tokens of micro-batches, over the first steps."""
-        filled = [self._filling(self.rows_of(step)) for step in range(1, min(self.steps, most_steps) + 1)]
+    def efficiency(self) -> float:
+        """Tokens of rows / tokens of micro-batches, over the first 200 steps."""
+        filled = [self._filling(self.rows_of(step)) for step in range(1, min(self.steps, 200) + 1)]
         return sum(read for read, _ in filled) / sum(padded for _, padded in filled)
 
     def held_out(self, rows: TokenRows, most_rows: int) -> list[Batch]:

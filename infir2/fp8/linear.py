@@ -49,11 +49,6 @@ class Fp8Linear(nn.Linear):
         self._operand: Operand | None = None
         self._operand_t: Operand | None = None
 
-    def refresh(self) -> None:
-        """Quantise the weight anew: now, or where it is a shard at the next forward pass, when it is whole."""
-        self.stale = True
-        self.refresh_if_whole()
-
     def refresh_if_whole(self) -> None:
         """Quantise a stale weight, unless it is a shard or has no data yet."""
         if self.stale and not isinstance(self.weight, DTensor) and not self.weight.is_meta:

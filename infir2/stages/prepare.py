@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import sys
-import sysconfig
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,11 +50,6 @@ from infir2.errors import DataError
 _BUILDING, _REPLACED = ".preparing-", ".old-"
 SHUFFLE_LIMIT = 8 << 30
 """Bytes of text that --shuffle takes into memory."""
-STDLIB_EXCLUDE = (
-    *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip"),
-    *("__pycache__", "config-*", "lib-dynload"),
-)
-"""Folders of ``stdlib_source()`` that are no use as text: pass them as ``exclude``."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +73,6 @@ class Options:
     max_bytes: int | None = None
     workers: int = 0
     shuffle: bool = False
-
-
-def stdlib_source() -> Path:
-    """Folder of the running Python's standard library: text that is on every machine. Read it with
-    ``extensions=(".py",), exclude=STDLIB_EXCLUDE`` (about 11 MB)."""
-    return Path(sysconfig.get_path("stdlib"))
 
 
 def prepare(

@@ -406,9 +406,17 @@ def test_a_batch_is_scored_in_order(sandbox: Sandbox) -> None:
 
 # fails closed ---------------------------------------------------------------------------------------------------------
 CRIPPLED = """
-import logging, sys
+import errno, logging, os, sys
 from infir2.reward import confine
-confine.refuse_only({refused!r})
+# Refuse just this system call, as a machine would that lacks it.
+column, _ = confine._ARCHITECTURES[os.uname().machine]
+number = {{**confine._DANGEROUS, **confine._ACTING}}[{refused!r}][column]
+confine._install([
+    confine._op(confine._LOAD, confine._NUMBER_AT),
+    confine._op(confine._EQUAL, number, 0, 1),
+    confine._op(confine._RETURN, confine._REFUSE | errno.EPERM),
+    confine._op(confine._RETURN, confine._ALLOW),
+])
 from infir2.reward.sandbox import Sandbox, sandbox_report
 logging.basicConfig(stream=sys.stdout)
 print([layer.name for layer in sandbox_report() if not layer.works])
