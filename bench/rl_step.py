@@ -41,7 +41,7 @@ from infir2.stages.environment import environment
 from infir2.stages.rl import Wiring, engine_options, make_scorer, read_data
 from infir2.stages.sft import open_model
 from infir2.stages.training import build_model, seed_everything
-from infir2.train.loop import Callbacks, Progress, train
+from infir2.train.loop import Callbacks, TrainState, train
 from infir2.train.metrics import MetricsWriter, read_metrics
 from infir2.train.optimizer import build_optimizer
 from infir2.types import IGNORE
@@ -98,7 +98,7 @@ def run_steps(
     chat, folder, architecture = opened
     scorer = make_scorer(config.reward)
     wiring = Wiring(config, architecture, chat, folder, read_data(config, chat, scorer, False), scorer, here)
-    dtype, settings, progress = getattr(torch, config.model.dtype), config.train.loop(), Progress()
+    dtype, settings, progress = getattr(torch, config.model.dtype), config.train.loop(), TrainState()
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:

@@ -57,7 +57,7 @@ class ModelSource:
         return trained.get("recipe", "bf16"), trained.get("scale_format", "ue8m0"), keep
 
 
-def open_source(text: str, dtype: torch.dtype = torch.bfloat16) -> ModelSource:
+def open_model_source(text: str, dtype: torch.dtype = torch.bfloat16) -> ModelSource:
     """The model that a user means: a Hugging Face folder, a checkpoint folder, or a run for its newest checkpoint.
 
     ``dtype`` is that of weights that are stored in FP8. Raises CheckpointError for anything that is not whole: no

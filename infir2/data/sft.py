@@ -20,12 +20,10 @@ from infir2.data.chat import ChatTokenizer, Rendered, Sample
 from infir2.data.conversations import Row
 from infir2.data.documents import BadRow, RowLedger
 from infir2.data.order import shuffled_rows
-from infir2.data.packing import best_fit_decreasing, pack_documents
+from infir2.data.packing import MULTIPLE, best_fit_decreasing, pack_documents
 from infir2.errors import DataError
 from infir2.types import Batch
 
-MULTIPLE = 128
-"""Micro-batches are rounded up to a multiple of this many tokens: the block of the FP8 GEMMs over tokens."""
 _BATCH_ROWS, _BATCH_CHARACTERS = 2048, 8 << 20
 
 

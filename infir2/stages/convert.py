@@ -78,13 +78,13 @@ def convert_model(
     import torch
 
     from infir2.checkpoint.huggingface import require_new
-    from infir2.checkpoint.model_source import open_source
+    from infir2.checkpoint.model_source import open_model_source
 
     options, console, started = options or Options(), console or Console(quiet=True), time.monotonic()
     _check(options, to)
     require_new(out)  # Before a source of many GB is verified.
     wide = to == "dcp" or options.dtype == "float32"
-    model = open_source(source, torch.float32 if wide else torch.bfloat16)
+    model = open_model_source(source, torch.float32 if wide else torch.bfloat16)
     if options.tokenizer is not None:
         model = dataclasses.replace(model, tokenizer=options.tokenizer)
     parameters, read = model.architecture.num_parameters(), model.tensors.nbytes
@@ -159,10 +159,10 @@ def _export_lines(export: "Fp8Export") -> Iterator[str]:
 def _starting_facts(model: "ModelSource") -> dict[str, Any]:
     """What a run that starts from this checkpoint reads of it."""
     from infir2.stages.environment import environment
-    from infir2.train.loop import Progress as Trained
+    from infir2.train.loop import TrainState
 
     return {
-        "progress": Trained().to_json(),
+        "progress": TrainState().to_json(),
         "data": {"sha256": None},
         "data_offset": 0,
         "global_batch": 0,

@@ -29,9 +29,9 @@ from rich.table import Table
 
 from infir2.durable import replace_file
 from infir2.errors import ConfigError, UserError
+from infir2.evaluate.server import KEY_VARIABLE
 from infir2.evaluate.tasks import HELP, Benchmark, LocalTask, parse_tasks, problems_of, with_sampling
 from infir2.stages.inference import InferenceOptions, add_inference_arguments
-from infir2.stages.serve import KEY_VARIABLE
 
 if TYPE_CHECKING:
     from infir2.evaluate.respond import Responder

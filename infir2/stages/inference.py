@@ -170,10 +170,10 @@ def model_name(text: str) -> str:
 def _open(text: str) -> "ModelSource":
     import torch
 
-    from infir2.checkpoint.model_source import open_source
+    from infir2.checkpoint.model_source import open_model_source
 
     # Scales that are not powers of two make values that bfloat16 would round; float32 holds all of them.
-    return open_source(text, torch.float32)
+    return open_model_source(text, torch.float32)
 
 
 def _compute_dtype(source: "ModelSource", options: InferenceOptions) -> "torch.dtype":

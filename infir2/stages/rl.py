@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from infir2.reward.score import Scorer
     from infir2.rl.loop import RlLoop
     from infir2.rollout.options import EngineOptions
-    from infir2.train.loop import Progress
+    from infir2.train.loop import TrainState
     from infir2.train.metrics import MetricsWriter
 
 ACCEPTS_OVERRIDES = True
@@ -121,7 +121,7 @@ class Wiring:
     """Puts the loop together once the model is there."""
 
     loop: "RlLoop"
-    progress: "Progress"
+    progress: "TrainState"
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Wiring:
         self.config, self.architecture, self.chat, self.tokenizer = config, architecture, chat, tokenizer
         self.data, self.scorer, self.world = data, scorer, world
 
-    def begin(self, model: "CausalLM", progress: "Progress", metrics: "MetricsWriter") -> None:
+    def begin(self, model: "CausalLM", progress: "TrainState", metrics: "MetricsWriter") -> None:
         """Make engine, collector and loop; evaluate before the first step of a run."""
         import torch
 
