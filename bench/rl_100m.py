@@ -44,9 +44,10 @@ from infir2.reward.dispatch import reward_for
 from infir2.reward.score import Scorer
 from infir2.rollout.engine import Engine
 from infir2.rollout.records import Request, SamplingParams
+from infir2.stages.chat_model import open_model
 from infir2.stages.environment import environment
 from infir2.stages.rl import engine_options, reference_model, train_rl
-from infir2.stages.sft import open_model, train_sft
+from infir2.stages.sft import train_sft
 from infir2.train.metrics import read_metrics
 
 FAMILIES = ("chain_sum", "basic_arithmetic", "products", "gcd", "lcm")

@@ -37,9 +37,9 @@ from infir2.rl.objective import PolicyObjective, batch_logprobs
 from infir2.rl.policy_loss import mismatch
 from infir2.rollout.engine import Engine
 from infir2.rollout.records import Request, SamplingParams
+from infir2.stages.chat_model import open_model
 from infir2.stages.environment import environment
 from infir2.stages.rl import Wiring, engine_options, make_scorer, read_data
-from infir2.stages.sft import open_model
 from infir2.stages.training import build_model, seed_everything
 from infir2.train.loop import Callbacks, TrainState, train
 from infir2.train.metrics import MetricsWriter, read_metrics

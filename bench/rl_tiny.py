@@ -35,8 +35,8 @@ from infir2.reward.tasks import ReasoningGymScorer
 from infir2.rollout.engine import Engine
 from infir2.rollout.options import EngineOptions
 from infir2.rollout.records import Request, SamplingParams
+from infir2.stages.chat_model import open_model
 from infir2.stages.environment import environment
-from infir2.stages.sft import open_model
 from infir2.stages.training import build_model
 from infir2.train.metrics import read_metrics
 

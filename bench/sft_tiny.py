@@ -31,8 +31,9 @@ from infir2.reward.score import Scorer
 from infir2.reward.tasks import ReasoningGymScorer
 from infir2.rollout.engine import Engine
 from infir2.rollout.records import Request, SamplingParams
+from infir2.stages.chat_model import open_model
 from infir2.stages.environment import environment
-from infir2.stages.sft import open_model, train_sft
+from infir2.stages.sft import train_sft
 from infir2.stages.training import build_model
 
 RECIPES = Path(__file__).parents[1] / "recipes"

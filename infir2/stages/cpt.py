@@ -8,8 +8,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infir2.config import CptConfig, describe, load
+from infir2.config import CptConfig, load
 from infir2.errors import ConfigError
+from infir2.stages.recipe_arguments import add_recipe_arguments
 
 if TYPE_CHECKING:
     import signal
@@ -23,12 +24,8 @@ ACCEPTS_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="TOML file, such as recipes/cpt_tiny.toml")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, parameters and memory; stop")
+    add_recipe_arguments(parser, CptConfig, "cpt_tiny.toml")
     parser.add_argument("--profile", action="store_true", help="trace three steps into RUN/profile")
-    parser.epilog = "recipe keys (override with --section.key value):\n" + "\n".join(
-        f"  --{key}  [{default}]\n      {text}" for key, default, text in describe(CptConfig)
-    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infir2.config import RewardSection, RlConfig, describe, load
+from infir2.config import RewardSection, RlConfig, load
 from infir2.errors import ConfigError
+from infir2.stages.recipe_arguments import add_recipe_arguments
 
 if TYPE_CHECKING:
     from infir2.data.chat import ChatTokenizer
@@ -30,15 +31,12 @@ ACCEPTS_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="TOML file, such as recipes/rl_tiny_stage1.toml")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, parameters and memory; stop")
-    parser.epilog = "recipe keys (override with --section.key value):\n" + "\n".join(
-        f"  --{key}  [{default}]\n      {text}" for key, default, text in describe(RlConfig)
-    )
+    add_recipe_arguments(parser, RlConfig, "rl_tiny_stage1.toml")
 
 
 def run(args: argparse.Namespace) -> int:
     from infir2.parallel.runtime import world
+    from infir2.stages.run_folder import exit_code
 
     config = load(RlConfig, args.recipe, args.overrides)
     with world(config.parallel.replicate) as here:
@@ -47,11 +45,7 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             print(plan(config, here))
             return 0
-        stopped = train_rl(config, here)
-    if stopped:
-        print(f"stopped on request; run the same command to resume {config.run}")
-        return 128 + stopped
-    return 0
+        return exit_code(train_rl(config, here), config, here)
 
 
 def plan(config: RlConfig, world: "World") -> str:
@@ -59,8 +53,8 @@ def plan(config: RlConfig, world: "World") -> str:
     import torch
 
     from infir2.rollout.cache_size import bytes_per_token, stored_dtype
+    from infir2.stages.chat_model import open_model
     from infir2.stages.dry_run import GIB, Workload, describe_run
-    from infir2.stages.sft import open_model
 
     chat, _, architecture = open_model(config)
     data = read_data(config, chat, make_scorer(config.reward), show_progress=True)
@@ -86,7 +80,8 @@ def train_rl(config: RlConfig, world: "World") -> "signal.Signals | None":
     from infir2.data.prompts import order_fingerprint
     from infir2.model.attention import document_attention
     from infir2.rl.objective import PolicyObjective
-    from infir2.stages.sft import keep_tokenizer, open_model
+    from infir2.stages.chat_model import open_model
+    from infir2.stages.run_folder import keep_tokenizer
     from infir2.stages.training import StageData, run_training
 
     chat, tokenizer, architecture = open_model(config)
@@ -109,7 +104,7 @@ def train_rl(config: RlConfig, world: "World") -> "signal.Signals | None":
         begin=wiring.begin,
         evaluate=lambda interrupted: wiring.loop.evaluate(wiring.progress.step, interrupted),
         summary={name: len(prompts) for name, prompts in zip(("prompts", "held_out"), data)},
-        write=lambda run: keep_tokenizer(tokenizer, chat.template, run / "tokenizer"),
+        write=lambda run: keep_tokenizer(tokenizer, run, chat.template),
     )
     try:
         return run_training(config, world, stage, architecture, Path(config.run) / "tokenizer")
@@ -177,14 +172,14 @@ def read_data(config: RlConfig, chat: "ChatTokenizer", scorer: "Scorer", show_pr
     from infir2.data.conversations import RowSource
     from infir2.data.documents import RowLedger
     from infir2.data.prompts import prompt_row, read_prompts
-    from infir2.stages.sft import progress_bar
+    from infir2.stages.progress import share_bar
 
     data = config.data
     names = {"data.train": data.train} | ({"data.validation": data.validation} if data.validation else {})
     found = []
     for key, name in names.items():
         ledger = RowLedger(data.max_bad_rows, "data.max_bad_rows")
-        with progress_bar(f"reading {key}", show_progress) as progress:
+        with share_bar(f"reading {key}", show_progress) as progress:
             source = RowSource(name, key, prompt_row)
             # A response without an answer is scored at once, but not before the label was looked at.
             check = lambda label: scorer.score_many([("", label)])  # noqa: E731

@@ -25,7 +25,7 @@ from infir2.model.transformer import CausalLM
 from infir2.parallel.apply import fill, parallelize
 from infir2.parallel.runtime import World
 from infir2.stages.resume import changes_on_resume
-from infir2.stages.run_folder import describe, locked, writing
+from infir2.stages.run_folder import locked, write_run_record, writing
 from infir2.train.graphs import Graphs, can_record
 from infir2.train.loop import Callbacks, TrainState, train
 from infir2.train.metrics import MetricsWriter
@@ -164,7 +164,7 @@ def run_training(
             refresh_weights(model)  # the codes of the first forward pass
             if world.is_main:
                 with writing(run):
-                    describe(config, run, report, world)
+                    write_run_record(config, run, report, world)
                     data.write(run)
                 print(report)
             with _open_metrics(config, world, start, data) as metrics:
