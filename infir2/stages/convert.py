@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from infir2.errors import CheckpointError, ConfigError
-from infir2.stages.byte_progress import byte_progress
+from infir2.stages.progress import bytes_bar
 
 if TYPE_CHECKING:
     from infir2.checkpoint.convert import Written
@@ -122,7 +122,7 @@ def _convert(model: "ModelSource", out: Path, to: Format, options: Options, cons
     if export is not None:
         for line in _export_lines(export):
             console.print(line)
-    with byte_progress(console, "converting") as report:
+    with bytes_bar(console, "converting") as report:
         if to == "dcp":
             return to_checkpoint(model, out, _starting_facts(model), report)
         if export is not None:

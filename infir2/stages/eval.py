@@ -18,13 +18,12 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from infir2.durable import replace_file
@@ -32,6 +31,7 @@ from infir2.errors import ConfigError, UserError
 from infir2.evaluate.server import KEY_VARIABLE
 from infir2.evaluate.tasks import HELP, Benchmark, LocalTask, parse_tasks, problems_of, with_sampling
 from infir2.stages.inference import InferenceOptions, add_inference_arguments
+from infir2.stages.progress import count_bar
 
 if TYPE_CHECKING:
     from infir2.evaluate.respond import Responder
@@ -164,7 +164,7 @@ def _evaluate(
     if python is not None:
         with _endpoint(args, text, key, console) as (url, api_key, model):
             endpoint = Endpoint(url, api_key, model, url if args.api_url else _weights_identity(text))
-            with _progress(console, f"{name}: evalscope") as progress:
+            with count_bar(console, f"{name}: evalscope") as progress:
                 found |= run_benchmarks(benchmarks, staged, endpoint, settings, folder, progress)
     return found
 
@@ -195,7 +195,7 @@ def _local(
 
     found: Samples = {}
     for task in tasks:
-        with _progress(console, f"{name}: {task.name}") as progress:
+        with count_bar(console, f"{name}: {task.name}") as progress:
             problems = problems_of(task, args.limit)
             found[task.name] = run_local_task(task, problems, responder, scorers.of(task), args.seed, progress)
     return found
@@ -245,15 +245,6 @@ def _server_options(args: argparse.Namespace) -> list[str]:
         if (value := getattr(args, name)) != default:
             options += [f"--{name.replace('_', '-')}", str(value)]
     return options
-
-
-@contextmanager
-def _progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True, quiet=console.quiet), transient=True)
-    with bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
 
 def _result(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from infir2.errors import ConfigError, DataError
-from infir2.stages.byte_progress import byte_progress
+from infir2.stages.progress import bytes_bar
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ def load_model(
     parameters = dict(model.named_parameters())
     total = sum(parameter.nbytes for parameter in parameters.values())
     done = 0
-    with byte_progress(console, "loading") as progress, torch.no_grad():
+    with bytes_bar(console, "loading") as progress, torch.no_grad():
         for parameter_name, stored in source.names.items():
             target = parameters[parameter_name]
             target.copy_(source.tensors.tensor(stored))

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from infir2.data import tokenizer as tok
@@ -46,6 +45,7 @@ from infir2.data.megatron import token_dtype
 from infir2.data.order import in_validation, permutation, shuffled_documents
 from infir2.durable import sync_folder
 from infir2.errors import DataError
+from infir2.stages.progress import by_pieces, bytes_bar
 
 _BUILDING, _REPLACED = ".preparing-", ".old-"
 SHUFFLE_LIMIT = 8 << 30
@@ -208,9 +208,10 @@ def _build(
     eos_id, vocab_size = tok.end_of_document(tokenizer), tok.vocabulary_size(tokenizer)
     reader = DocumentReader(files, ledger, options.text_key, options.max_doc_bytes)
     documents, text_bytes = [0] * len(inputs), [0] * len(inputs)
+    total = sum(file.size for file in files)
     with (
         ShardWriter(folder, vocab_size, options.shard_tokens) as writer,
-        _progress(console, "tokenising", sum(file.size for file in files)) as (bar, task),
+        bytes_bar(console, "tokenising", after=0) as report,
     ):
         numbered: Iterator[tuple[int, Document]] = enumerate(_bounded(reader, options.max_bytes))
         if options.shuffle:
@@ -222,7 +223,7 @@ def _build(
             writer.add("validation" if held_out else "train", ids)
             documents[source] += 1
             text_bytes[source] += size
-            bar.update(task, completed=reader.position)
+            report(reader.position, total)
         ledger.check_share()
         splits = writer.finish()
     if not sum(documents):
@@ -303,13 +304,6 @@ def _shuffled(documents: Iterable[tuple[int, Document]], seed: int) -> Iterator[
     yield from (held[i] for i in shuffled_documents(len(held), seed))
 
 
-@contextmanager
-def _progress(console: Console, what: str, total: int) -> Iterator[tuple[Progress, TaskID]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        yield bar, bar.add_task(what, total=total)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``infir2 prepare``."""
     default = Options()
@@ -348,8 +342,8 @@ def run(args: argparse.Namespace) -> int:
         if args.inputs:
             raise DataError("--verify checks the data set at --out and takes no inputs")
         total = sum(file.stat().st_size for file in Path(args.out).glob("*-*.*"))
-        with _progress(console, "verifying", total) as (bar, task):
-            dataset = Dataset(args.out, verify=True, progress=lambda size: bar.update(task, advance=size))
+        with bytes_bar(console, "verifying", after=0) as report:
+            dataset = Dataset(args.out, verify=True, progress=by_pieces(report, total))
         console.print("every file matches its hash", highlight=False)
     else:
         if not args.inputs:
