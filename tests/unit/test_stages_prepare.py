@@ -19,9 +19,10 @@ from infir2.data.dataset import SPLITS, Dataset
 from infir2.data.loader import TokenLoader
 from infir2.data.megatron import TokenWriter
 from infir2.data.order import in_validation
+from infir2.data.prepare import prepare
 from infir2.errors import DataError
 from infir2.stages.demo import corpus
-from infir2.stages.prepare import add_arguments, prepare, run
+from infir2.stages.prepare import add_arguments, run
 
 SMALL = {"vocab_size": 500, "max_bad_rows": "100%"}
 
