@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from infir2.errors import CheckpointError, ConfigError
-from infir2.stages.progress import bytes_bar
+from infir2.launch.progress import bytes_bar
 
 if TYPE_CHECKING:
     from infir2.checkpoint.convert import Written
@@ -115,7 +115,7 @@ def _convert(model: "ModelSource", out: Path, to: Format, options: Options, cons
     import torch
 
     from infir2.checkpoint.convert import to_checkpoint, to_fp8, to_hf
-    from infir2.stages.model_card import model_card
+    from infir2.launch.model_card import model_card
 
     limit = int(options.max_shard_gb * 1e9)
     export = plan(model, options) if to == "fp8" else None
@@ -158,7 +158,7 @@ def _export_lines(export: "Fp8Export") -> Iterator[str]:
 
 def _starting_facts(model: "ModelSource") -> dict[str, Any]:
     """What a run that starts from this checkpoint reads of it."""
-    from infir2.stages.environment import environment
+    from infir2.launch.environment import environment
     from infir2.train.loop import TrainState
 
     return {

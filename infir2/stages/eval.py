@@ -30,8 +30,8 @@ from infir2.durable import replace_file
 from infir2.errors import ConfigError, UserError
 from infir2.evaluate.server import KEY_VARIABLE
 from infir2.evaluate.tasks import HELP, Benchmark, LocalTask, parse_tasks, problems_of, with_sampling
-from infir2.stages.inference import InferenceOptions, add_inference_arguments
-from infir2.stages.progress import count_bar
+from infir2.launch.inference import InferenceOptions, add_inference_arguments
+from infir2.launch.progress import count_bar
 
 if TYPE_CHECKING:
     from infir2.evaluate.respond import Responder
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from infir2.evaluate.harness import find_evalscope
     from infir2.evaluate.score import paired, summarise
-    from infir2.stages.environment import environment
+    from infir2.launch.environment import environment
 
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
@@ -109,7 +109,7 @@ def _tasks(args: argparse.Namespace) -> list[Task]:
 
 def _names(args: argparse.Namespace) -> list[str]:
     """What each model is called in the table and in OUT: different for different models."""
-    from infir2.stages.inference import model_name
+    from infir2.launch.inference import model_name
 
     names = [_file_name(text) if args.api_url else model_name(text) for text in args.models]
     return [f"{name}-{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
@@ -203,8 +203,8 @@ def _local(
 
 def _engine_responder(args: argparse.Namespace, text: str, console: Console) -> "Responder":
     from infir2.evaluate.respond import EngineResponder
+    from infir2.launch.inference import end_ids, load_engine
     from infir2.serve.prompts import ServedModel
-    from infir2.stages.inference import end_ids, load_engine
 
     engine, tokenizer, source = load_engine(text, InferenceOptions.of(args), console)
     served = ServedModel.of(engine, text, tokenizer, end_ids(source))

@@ -31,9 +31,9 @@ from rich.markup import escape
 
 from infir2.config import load
 from infir2.errors import UserError
+from infir2.launch.pipeline_plan import PipelineConfig, Plan, Step, make_plan
+from infir2.launch.pipeline_run import interrupted, run_step
 from infir2.report import write_chain_report
-from infir2.stages.pipeline_plan import PipelineConfig, Plan, Step, make_plan
-from infir2.stages.pipeline_run import interrupted, run_step
 from infir2.train.live import duration
 
 ACCEPTS_OVERRIDES = True

@@ -16,7 +16,7 @@ from rich.table import Table
 from infir2.data.dataset import SPLITS, Dataset
 from infir2.data.prepare import Options, prepare
 from infir2.errors import DataError
-from infir2.stages.progress import by_pieces, bytes_bar
+from infir2.launch.progress import by_pieces, bytes_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from infir2.config import RewardSection, RlConfig, load
 from infir2.errors import ConfigError
-from infir2.stages.recipe_arguments import add_recipe_arguments
+from infir2.launch.recipe_arguments import add_recipe_arguments
 
 if TYPE_CHECKING:
     from infir2.data.chat import ChatTokenizer
@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from infir2.launch.run_folder import exit_code
     from infir2.parallel.runtime import world
-    from infir2.stages.run_folder import exit_code
 
     config = load(RlConfig, args.recipe, args.overrides)
     with world(config.parallel.replicate) as here:
@@ -52,9 +52,9 @@ def plan(config: RlConfig, world: "World") -> str:
     """What the recipe would do, for people; nothing is written."""
     import torch
 
+    from infir2.launch.chat_model import open_model
+    from infir2.launch.dry_run import GIB, Workload, describe_run
     from infir2.rollout.cache_size import bytes_per_token, stored_dtype
-    from infir2.stages.chat_model import open_model
-    from infir2.stages.dry_run import GIB, Workload, describe_run
 
     chat, _, architecture = open_model(config)
     data = read_data(config, chat, make_scorer(config.reward), show_progress=True)
@@ -78,11 +78,11 @@ def train_rl(config: RlConfig, world: "World") -> "signal.Signals | None":
     import torch
 
     from infir2.data.prompts import order_fingerprint
+    from infir2.launch.chat_model import open_model
+    from infir2.launch.run_folder import keep_tokenizer
+    from infir2.launch.training import StageData, run_training
     from infir2.model.attention import document_attention
     from infir2.rl.objective import PolicyObjective
-    from infir2.stages.chat_model import open_model
-    from infir2.stages.run_folder import keep_tokenizer
-    from infir2.stages.training import StageData, run_training
 
     chat, tokenizer, architecture = open_model(config)
     scorer = make_scorer(config.reward)
@@ -172,7 +172,7 @@ def read_data(config: RlConfig, chat: "ChatTokenizer", scorer: "Scorer", show_pr
     from infir2.data.conversations import RowSource
     from infir2.data.documents import RowLedger
     from infir2.data.prompts import prompt_row, read_prompts
-    from infir2.stages.progress import share_bar
+    from infir2.launch.progress import share_bar
 
     data = config.data
     names = {"data.train": data.train} | ({"data.validation": data.validation} if data.validation else {})
@@ -222,7 +222,7 @@ def reference_model(config: RlConfig, architecture: "ModelConfig", world: "World
     from infir2.checkpoint.state import model_state
     from infir2.checkpoint.store import CheckpointStore
     from infir2.fp8.convert import refresh_weights
-    from infir2.stages.training import build_model
+    from infir2.launch.training import build_model
 
     model, _ = build_model(config, architecture, world)
     if config.init.checkpoint is not None:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from infir2.config import SftConfig, check_ramps, load
 from infir2.errors import ConfigError, DataError
-from infir2.stages.recipe_arguments import add_recipe_arguments
+from infir2.launch.recipe_arguments import add_recipe_arguments
 
 if TYPE_CHECKING:
     import signal
 
     from infir2.data.sft import SftLoader
+    from infir2.launch.sft_rows import SftRows
     from infir2.parallel.runtime import World
-    from infir2.stages.sft_rows import SftRows
 
 ACCEPTS_OVERRIDES = True
 
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from infir2.launch.run_folder import exit_code
     from infir2.parallel.runtime import world
-    from infir2.stages.run_folder import exit_code
 
     config = load(SftConfig, args.recipe, args.overrides)
     with world(config.parallel.replicate) as here:
@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
 
 def plan(config: SftConfig, world: "World") -> str:
     """What the recipe would do, for people; nothing is written."""
-    from infir2.stages.chat_model import open_model
-    from infir2.stages.dry_run import Workload, describe_run
-    from infir2.stages.sft_rows import tokenize
+    from infir2.launch.chat_model import open_model
+    from infir2.launch.dry_run import Workload, describe_run
+    from infir2.launch.sft_rows import tokenize
 
     chat, _, architecture = open_model(config)
     data = tokenize(config, chat, show_progress=world.is_main)
@@ -57,11 +57,11 @@ def train_sft(config: SftConfig, world: "World") -> "signal.Signals | None":
     """Run or resume supervised fine-tuning. Returns the signal that ended it early, if any."""
     import torch
 
+    from infir2.launch.chat_model import open_model
+    from infir2.launch.run_folder import keep_tokenizer
+    from infir2.launch.sft_rows import tokenize_once
+    from infir2.launch.training import StageData, run_training
     from infir2.model.attention import document_attention
-    from infir2.stages.chat_model import open_model
-    from infir2.stages.run_folder import keep_tokenizer
-    from infir2.stages.sft_rows import tokenize_once
-    from infir2.stages.training import StageData, run_training
 
     chat, tokenizer, architecture = open_model(config)
     rows = tokenize_once(config, chat)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from infir2.stages import progress
+from infir2.launch import progress
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, terminal: bool = True) -> io.StringIO:

@@ -15,6 +15,7 @@ from rich.console import Console
 from starlette.websockets import WebSocketDisconnect
 
 from infir2.errors import ConfigError
+from infir2.launch.inference import InferenceOptions, load_engine
 from infir2.rollout.engine import Engine
 from infir2.rollout.records import Request, SamplingParams, TokenEvent
 from infir2.serve.app import Server, make_app
@@ -24,7 +25,6 @@ from infir2.serve.limits import ServerLimits
 from infir2.serve.prompts import ServedModel
 from infir2.serve.protocol import ChatRequest, CompletionRequest, parse
 from infir2.serve.text import PieceStream
-from infir2.stages.inference import InferenceOptions, load_engine
 from infir2.stages.serve import api_key
 
 KEY = {"Authorization": "Bearer secret"}

@@ -20,8 +20,8 @@ from infir2.checkpoint import manifest
 from infir2.checkpoint.huggingface import HfFolder
 from infir2.checkpoint.model_source import open_model_source
 from infir2.cli import main
+from infir2.launch.model_card import model_card
 from infir2.stages.convert import Options, convert_model, plan
-from infir2.stages.model_card import model_card
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2 tied": {},

@@ -11,7 +11,7 @@ from infir2.data.dataset import ShardFile
 from infir2.data.tokenizer import clash, has_tokenizer
 from infir2.durable import replace_file
 from infir2.errors import DataError
-from infir2.stages.progress import by_pieces, bytes_bar
+from infir2.launch.progress import by_pieces, bytes_bar
 
 if TYPE_CHECKING:
     from infir2.parallel.runtime import World

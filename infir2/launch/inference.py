@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from infir2.errors import ConfigError, DataError
-from infir2.stages.progress import bytes_bar
+from infir2.launch.progress import bytes_bar
 
 if TYPE_CHECKING:
     import torch

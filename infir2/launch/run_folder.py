@@ -12,8 +12,8 @@ from infir2.data.tokenizer import copy_tokenizer
 from infir2.durable import replace_file, unused_name
 from infir2.errors import UserError
 from infir2.fp8.convert import SwapReport
+from infir2.launch.environment import environment
 from infir2.parallel.runtime import World
-from infir2.stages.environment import environment
 
 
 @contextmanager

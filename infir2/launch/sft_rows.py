@@ -18,7 +18,7 @@ from infir2.data.documents import RowLedger
 from infir2.data.order import held_out_rows
 from infir2.data.sft import RowCounts, TokenRows, tokenize_rows
 from infir2.errors import DataError
-from infir2.stages.progress import share_bar
+from infir2.launch.progress import share_bar
 
 _ROWS_FORMAT = 1
 

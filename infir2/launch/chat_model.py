@@ -6,9 +6,9 @@ from infir2.config import RlConfig, SftConfig
 from infir2.data.chat import ChatTokenizer, choose_template
 from infir2.data.tokenizer import load_tokenizer, vocabulary_size
 from infir2.errors import CheckpointError, ConfigError, DataError
+from infir2.launch.data_check import check_same_ids
+from infir2.launch.training import model_config, starting_meta, starting_tokenizer
 from infir2.model.config import ModelConfig
-from infir2.stages.data_check import check_same_ids
-from infir2.stages.training import model_config, starting_meta, starting_tokenizer
 
 
 def open_model(config: SftConfig | RlConfig) -> tuple[ChatTokenizer, Path, ModelConfig]:

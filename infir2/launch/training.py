@@ -19,13 +19,13 @@ from infir2.errors import CheckpointError, ConfigError
 from infir2.fp8.convert import SwapReport, convert, keep_outer_layers, refresh_weights
 from infir2.fp8.recipe import recipe_named
 from infir2.kernels.matmul import unsupported_reason
+from infir2.launch.resume import changes_on_resume
+from infir2.launch.run_folder import locked, write_run_record, writing
 from infir2.model.config import ModelConfig, from_hf
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
 from infir2.parallel.apply import fill, parallelize
 from infir2.parallel.runtime import World
-from infir2.stages.resume import changes_on_resume
-from infir2.stages.run_folder import locked, write_run_record, writing
 from infir2.train.graphs import Graphs, can_record
 from infir2.train.loop import Callbacks, TrainState, train
 from infir2.train.metrics import MetricsWriter
