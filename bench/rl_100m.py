@@ -39,14 +39,15 @@ from infir2.data.worked_solutions import Split, WorkedExample, worked_examples
 from infir2.durable import replace_file
 from infir2.errors import DataError
 from infir2.evaluate.score import Sample, paired, summarise
+from infir2.launch.chat_model import open_model
+from infir2.launch.environment import environment
 from infir2.parallel.runtime import World, world
 from infir2.reward.dispatch import reward_for
 from infir2.reward.score import Scorer
 from infir2.rollout.engine import Engine
 from infir2.rollout.records import Request, SamplingParams
-from infir2.stages.environment import environment
 from infir2.stages.rl import engine_options, reference_model, train_rl
-from infir2.stages.sft import open_model, train_sft
+from infir2.stages.sft import train_sft
 from infir2.train.metrics import read_metrics
 
 FAMILIES = ("chain_sum", "basic_arithmetic", "products", "gcd", "lcm")

@@ -153,8 +153,9 @@ class Decoder(nn.Module):
 class CausalLM(nn.Module):
     """A language model: decoder and output head.
 
-    Build a large model under ``torch.device("meta")``, then call ``to_empty(device=...)`` and ``init_weights(seed)`` or
-    ``load_state_dict``. With tied embeddings ``lm_head.weight`` is ``model.embed_tokens.weight`` and stays so.
+    Build a large model under ``torch.device("meta")``, call ``to_empty(device=...)``, and fill its parameters: from
+    ``initial_values(seed)``, whether they are whole or sharded (``init_weights(seed)`` does it for whole ones), or from
+    stored weights. With tied embeddings ``lm_head.weight`` is ``model.embed_tokens.weight`` and stays so.
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.bfloat16) -> None:

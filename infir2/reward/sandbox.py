@@ -71,7 +71,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Run:
+class ProgramRun:
     """How a program ended, and what it left."""
 
     status: Status
@@ -121,21 +121,21 @@ class Sandbox:
         elif unsafe_code_exec:
             _log.warning("unsafe_code_exec is set but not needed: every layer of the sandbox works here")
 
-    def run_script(self, source: str, stdin: bytes = b"") -> Run:
+    def run_script(self, source: str, stdin: bytes = b"") -> ProgramRun:
         """Run a program as a script. ``stdin`` is its whole standard input."""
         return self._run(source, stdin, ("script", "-"))
 
-    def run_calls(self, source: str, function: str, calls: Sequence[Sequence[Any]]) -> Run:
+    def run_calls(self, source: str, function: str, calls: Sequence[Sequence[Any]]) -> ProgramRun:
         """Call ``function`` (or ``Solution().function``) of a program with each list of arguments (JSON values)."""
         return self._run(source, json.dumps(list(calls)).encode(), ("calls", function))
 
-    def _run(self, source: str, stdin: bytes, how: tuple[str, str]) -> Run:
+    def _run(self, source: str, stdin: bytes, how: tuple[str, str]) -> ProgramRun:
         if len(source.encode("utf-8", "replace")) > self.limits.source_kib << 10:
-            return Run("signal", None, b"", b"source too long", b"", 0.0)
+            return ProgramRun("signal", None, b"", b"source too long", b"", 0.0)
         return launch(source.encode("utf-8", "replace").decode(), stdin, how, self.limits, self.layers)
 
 
-def launch(source: str, stdin: bytes, how: tuple[str, str], limits: Limits, layers: Sequence[str]) -> Run:
+def launch(source: str, stdin: bytes, how: tuple[str, str], limits: Limits, layers: Sequence[str]) -> ProgramRun:
     """One run with exactly these layers. SandboxError if one of them cannot be put up."""
     nonce = secrets.token_hex(16)
     with contextlib.ExitStack() as stack:
@@ -184,7 +184,7 @@ def readable_paths() -> list[str]:
     return [*_SYSTEM_PATHS, *sorted(prefixes)]
 
 
-def _verdict(taken: dict[str, bytes], stopped: Status | None, nonce: str, wall_s: float) -> Run:
+def _verdict(taken: dict[str, bytes], stopped: Status | None, nonce: str, wall_s: float) -> ProgramRun:
     words = {}
     for line in taken["status"].decode("utf-8", "replace").splitlines():
         mark, _, rest = line.partition(" ")
@@ -195,13 +195,13 @@ def _verdict(taken: dict[str, bytes], stopped: Status | None, nonce: str, wall_s
         raise SandboxError(f"the sandbox could not be set up: {words['broken']}")
     output = taken["stdout"], taken["stderr"], taken["results"]
     if stopped:
-        return Run(stopped, None, *output, wall_s)
+        return ProgramRun(stopped, None, *output, wall_s)
     if "ended" not in words:
         raise SandboxError(f"the sandbox ended without a word: {taken['stderr'][-300:].decode('utf-8', 'replace')}")
     code = int(words["ended"])
     if code == -signal.SIGXCPU:
-        return Run("timeout", code, *output, wall_s)
-    return Run("signal" if code < 0 else "exited", code, *output, wall_s)
+        return ProgramRun("timeout", code, *output, wall_s)
+    return ProgramRun("signal" if code < 0 else "exited", code, *output, wall_s)
 
 
 class _Reader:
