@@ -18,7 +18,7 @@ import pytest
 
 from infir2 import cli
 from infir2.errors import ConfigError, DataError, UserError
-from infir2.evaluate.evalscope_process import as_label
+from infir2.evaluate.evalscope_process import as_label, program_limits
 from infir2.evaluate.harness import Endpoint, Settings, find_evalscope, prepare, read_samples, run_benchmarks
 from infir2.evaluate.local import run_local_task
 from infir2.evaluate.local_data import stage, what_to_put
@@ -297,6 +297,16 @@ def test_problems_of_livecodebench_become_labels_of_the_sandbox() -> None:
     solution = "class Solution:\n    def total(self, a, b):\n        return sum(a) + b"
     assert judge(solution, parse_problem(calls), sandbox).outcome == "passed"
     assert judge(solution.replace("+ b", "- b"), parse_problem(calls), sandbox).outcome == "wrong answer"
+
+
+def test_programs_of_livecodebench_have_its_limits() -> None:
+    sandbox = Sandbox(program_limits(6.0))
+    large = as_label(json.dumps({"inputs": ["x"], "outputs": ["1 " * 700_000], "fn_name": None}))
+    program = "held = bytearray(2 << 30)\nprint('1 ' * 700_000)"
+    assert judge(program, parse_problem(large), sandbox).outcome == "passed"
+    strange = json.dumps("a\u2028b", ensure_ascii=False)  # JSON may hold it as it is
+    calls = as_label(json.dumps({"inputs": [strange], "outputs": [strange], "fn_name": "same"}))
+    assert judge("def same(text): return text", parse_problem(calls), sandbox).outcome == "passed"
 
 
 # ---- evalscope's side

@@ -389,6 +389,44 @@ def test_calls_cannot_be_hacked_either(sandbox: Sandbox) -> None:
         assert judge(hack, problem, sandbox).outcome != "passed", name
 
 
+LCB_ACCEPTS = {
+    "deep recursion": "def down(k): return k and 1 + down(k - 1)\nprint(down(20000) - 20000 + int(input()))",
+    "names of modules that it did not import": "d = defaultdict(int)\nd[1] += int(sys.stdin.readline())\nprint(d[1])",
+    "built-in pow and open": "print(pow(int(open(0).read()), 1, 7))",
+    "an empty line in front": "print()\nprint(input())",
+    "sys.exit(1) behind the output": "print(input())\nimport sys\nsys.exit(1)",
+    "exit with words": "print(input())\nexit('done')",
+}
+LCB_ACCEPTS_CALLS = {
+    "deep recursion": "def f(n):\n    def down(k): return k and 1 + down(k - 1)\n    return down(20000) - 20000 + n",
+    "json and datetime": "class Solution:\n    def f(self, n): return json.loads(str(n * datetime.timedelta(1).days))",
+    "names of math and operator": "def f(n): return list(accumulate([0, n], add))[-1] + int(sin(0))",
+}
+
+
+def test_what_livecodebench_accepts_is_accepted(sandbox: Sandbox) -> None:
+    script = parse_problem([{"input": "5\n", "output": "5"}])
+    calls = parse_problem({"tests": [{"input": "5", "output": "5", "testtype": "functional"}], "fn_name": "f"})
+    found = {name: judge(program, script, sandbox).outcome for name, program in LCB_ACCEPTS.items()}
+    assert found == dict.fromkeys(LCB_ACCEPTS, "passed")
+    found = {name: judge(program, calls, sandbox).outcome for name, program in LCB_ACCEPTS_CALLS.items()}
+    assert found == dict.fromkeys(LCB_ACCEPTS_CALLS, "passed")
+
+
+def test_every_call_has_the_limits_for_itself() -> None:
+    """Four calls, each well within the limit, all of them together not."""
+    sandbox = Sandbox(Limits(wall_s=3, cpu_s=3))
+    problem = parse_problem({"inputs": [[n] for n in range(4)], "outputs": list(range(4)), "fn_name": "slow"})
+    source = "import time\nseen = []\ndef slow(n):\n    time.sleep(1)\n    seen.append(n)\n    return {}"
+    assert judge(source.format("n"), problem, sandbox) == Verdict(4, 4, "passed")
+    assert judge(source.format("n if len(seen) == 1 else -1"), problem, sandbox).outcome == "passed", "nothing is left"
+
+
+def test_annotations_mean_what_python_makes_of_them(sandbox: Sandbox) -> None:
+    problem = parse_problem({"inputs": [[1]], "outputs": [1], "fn_name": "f"})
+    assert judge("def f(n: int) -> List[int]: return f.__annotations__['n'](n)", problem, sandbox).outcome == "passed"
+
+
 def test_a_batch_is_scored_in_order(sandbox: Sandbox) -> None:
     label = '{"inputs": ["2\\n"], "outputs": ["4\\n"], "fn_name": null}'
     answers = [
