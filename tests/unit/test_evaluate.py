@@ -348,6 +348,54 @@ def test_what_evalscope_says_when_it_fails_is_passed_on(tmp_path: Path) -> None:
         run_benchmarks([BENCHMARKS["aime24"]], prepare([], settings, out), endpoint, settings, out, lambda a, b: None)
 
 
+INTERRUPTED = """
+import json, pathlib, sys
+order = json.loads(sys.stdin.readline())
+(task,) = order["tasks"]
+predictions = pathlib.Path(task["work_dir"], "predictions/m/a.jsonl")
+print(json.dumps([task["work_dir"], task.get("use_cache"), predictions.exists() and predictions.read_text()]),
+      file=open({told!r}, "a"))
+predictions.parent.mkdir(parents=True, exist_ok=True)
+predictions.write_text('{{"index": 0}}\\n{{"ind')
+open(order["outcome"], "w").write('{{"failed": "aime24", "error": "Cut", "message": "off"}}')
+"""
+
+
+def test_answers_are_kept_for_the_same_rows_and_for_no_others(tmp_path: Path) -> None:
+    """A process in evalscope's place that is always interrupted, in the middle of a line."""
+    fake, told, out = tmp_path / "python", tmp_path / "told.jsonl", tmp_path / "out"
+    fake.write_text(f"#!{sys.executable}\n" + INTERRUPTED.format(told=str(told)))
+    fake.chmod(0o755)
+    rows = {name: {"problem": f"say {name}", "answer": "1"} for name in ("one", "two")}
+    for folder, row in (("a", "one"), ("a", "two"), ("b", "two"), ("b", "one")):
+        data = write_rows(tmp_path / folder, "aime24", [rows[row]])
+        settings, endpoint = Settings(fake, data, None, 1), Endpoint("http://127.0.0.1:9/v1", "key", "m", "weights")
+        benchmarks = [BENCHMARKS["aime24"]]
+        with pytest.raises(UserError, match="Cut: off"):
+            run_benchmarks(benchmarks, prepare(benchmarks, settings, out), endpoint, settings, out, lambda a, b: None)
+    one, two, again, back = map(json.loads, told.read_text().splitlines())
+    assert one[0] != two[0]
+    assert (one[1:], two[1:]) == ([None, False], [None, False]), "nothing is known about these rows"
+    assert again == [two[0], two[0], '{"index": 0}\n'], "the same rows in another folder; the torn line has gone"
+    assert back[:2] == [one[0], one[0]]
+
+
+def test_a_sample_that_was_scored_twice_counts_once(tmp_path: Path) -> None:
+    """As evalscope reads its own files: the last row of a sample counts, and scores without a response do not."""
+    choice = {"message": {"content": "text"}, "stop_reason": "stop"}
+    prediction = {"model_output": {"choices": [choice], "usage": {"output_tokens": 3}}}
+    reviews = []
+    for index, value in ((0, 0.0), (1, 1.0), (0, 1.0), (7, 0.0)):
+        score = {"status": "success", "value": {"acc": value}, "main_score_name": "acc", "explanation": None}
+        place = {"group_id": 0, "generation_index": index}
+        reviews.append({"index": index, "sample_score": {**place, "score": {**score, "extracted_prediction": "a"}}})
+    for kind, found in (("predictions", [{"index": i, **prediction} for i in (0, 1, 0)]), ("reviews", reviews)):
+        (tmp_path / kind / "m").mkdir(parents=True)
+        (tmp_path / kind / "m/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    found = read_samples(tmp_path, BENCHMARKS["aime24"])
+    assert [(sample.index, sample.score) for sample in found] == [(0, 1.0), (1, 1.0)]
+
+
 def test_a_refused_request_is_no_wrong_answer(tmp_path: Path) -> None:
     for kind in ("predictions", "reviews"):
         (tmp_path / kind / "m").mkdir(parents=True)
