@@ -6,7 +6,15 @@ import math
 import pickle
 import re
 import sys
+import threading
+import time
+import urllib.error
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from email.message import Message
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,7 +30,7 @@ from infir2.evaluate.evalscope_process import as_label, program_limits
 from infir2.evaluate.harness import Endpoint, Settings, find_evalscope, prepare, read_samples, run_benchmarks
 from infir2.evaluate.local import run_local_task
 from infir2.evaluate.local_data import stage, what_to_put
-from infir2.evaluate.respond import Asked, Response, seed_of
+from infir2.evaluate.respond import MAX_ASKED, ApiResponder, Asked, Response, _retry_after, seed_of
 from infir2.evaluate.score import Sample, mean_interval, paired, pass_at_k, sign_flip_p_value, summarise
 from infir2.evaluate.server import LocalServer
 from infir2.evaluate.stored_cases import stored_cases
@@ -193,6 +201,99 @@ def test_a_file_of_problems(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows.jsonl: math: a label must be a string or a number"):
         run_local_task(task, problems_of(task, None), parrot, scorer, 1, lambda done, total: None)
     assert len(parrot.asked) == 6, "something was asked before the bad label was found"
+
+
+# ---- other servers
+
+
+@contextmanager
+def server_that_says(
+    *replies: tuple[int, dict[str, Any], dict[str, str]],
+) -> Iterator[tuple[ApiResponder, list[float]]]:
+    """Someone else's server: one reply after the other, and the last one again; (0, ...) hangs up. It comes as somebody
+    who asks it, and the times at which it was asked."""
+    times: list[float] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            code, body, headers = replies[min(len(times), len(replies) - 1)]
+            times.append(time.monotonic())
+            self.rfile.read(int(self.headers["content-length"]))
+            if not code:
+                return
+            content = json.dumps(body).encode()
+            self.send_response(code)
+            for name, value in {**headers, "content-length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        responder = ApiResponder(f"http://127.0.0.1:{server.server_port}/v1", "key", "m", 1)
+        responder.pause_s = 0.01
+        yield responder, times
+        server.shutdown()
+
+
+def answer(finish: str = "stop", **message: Any) -> tuple[int, dict[str, Any], dict[str, str]]:
+    return 200, {"choices": [{"message": message, "finish_reason": finish}], "usage": {"completion_tokens": 9}}, {}
+
+
+def ask(responder: ApiResponder, count: int = 1) -> list[Response]:
+    asked = [Asked([{"role": "user", "content": "q"}], number) for number in range(count)]
+    return responder.respond(asked, Sampling(1, 10), lambda done, total: None)
+
+
+def test_a_thought_that_the_server_took_out_of_the_text_is_put_back() -> None:
+    """So that a box in a thought that was cut off is no answer, and one behind it is."""
+    maybe = "maybe \\boxed{5}"
+    said = {
+        f"<think>{maybe}": answer("length", content=None, reasoning_content=maybe),
+        f"<think>{maybe} ": answer("length", content="", reasoning=maybe + " "),
+        f"<think>{maybe}</think>I give up.": answer(content="I give up.", reasoning_content=maybe),
+        "<think>no</think>\\boxed{5}": answer(content="\\boxed{5}", reasoning="no"),
+        "\\boxed{5}": answer(content="\\boxed{5}", reasoning_content=None),
+    }
+    with server_that_says(*said.values()) as (responder, _):
+        found = ask(responder, len(said))
+    assert [one.text for one in found] == list(said)
+    assert [one.truncated for one in found] == [True, True, False, False, False]
+    scorer = reward_for("math")
+    assert [score.value for score in scorer.score_many([(one.text, "5") for one in found])] == [0, 0, 0, 1, 1]
+
+
+def test_a_busy_server_is_asked_again() -> None:
+    busy = {"error": {"message": "too many"}}
+    well = answer(content="x")
+    with server_that_says((429, busy, {"Retry-After": "1"}), (503, busy, {}), (502, busy, {}), well) as (
+        responder,
+        times,
+    ):
+        assert [one.text for one in ask(responder)] == ["x"]
+        assert 1.0 <= times[1] - times[0] < 2.0, "as long as it asked for"
+        assert len(times) == 4
+    with server_that_says(well, (0, {}, {}), well) as (responder, times):
+        assert len(ask(responder, 2)) == 2
+        assert len(times) == 3, "it had answered before: asked again after it hung up"
+
+
+def test_a_server_that_stays_busy_or_refuses_ends_the_evaluation() -> None:
+    later = formatdate(time.time() + 3600, usegmt=True)
+    for code, asked in ((429, MAX_ASKED), (400, 1), (500, 1), (0, 1)):
+        with server_that_says((code, {"error": {"message": "no"}}, {})) as (responder, times):
+            with pytest.raises(UserError, match=f"{code}: no" if code else "closed connection"):
+                ask(responder)
+            assert len(times) == asked
+    error = urllib.error.HTTPError("u", 429, "busy", Message(), None)
+    assert _retry_after(error) == 0
+    for told, seconds in ((later, 60), ("7", 7), ("soon", 0), ("-3", 0), (formatdate(0, usegmt=True), 0)):
+        error.headers["Retry-After"] = told
+        assert _retry_after(error) == seconds
+        del error.headers["Retry-After"]
 
 
 # ---- rows for evalscope
