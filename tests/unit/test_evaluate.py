@@ -87,6 +87,28 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     assert mean_interval(np.ones(30)) == (pytest.approx(1 - high), 1)
 
 
+def test_equal_values_have_an_interval_that_covers_what_was_not_drawn() -> None:
+    """The value v has chance p, others are all at one end: if n draws are all v, the mean is in the interval, unless n
+    draws of v are no more than 2.5 % likely."""
+    for value, lowest, count in product((-1.0, -0.25, 0.0, 0.5, 1.0), (-1.0, 0.0), (2, 5, 30)):
+        if value < lowest:
+            continue
+        low, high = mean_interval(np.full(count, value), lowest)
+        assert lowest <= low <= value <= high <= 1
+        assert high - low > 0
+        for chance, other in product(np.linspace(0.001, 1, 200), (lowest, 1.0)):
+            mean = chance * value + (1 - chance) * other
+            assert low - 1e-9 <= mean <= high + 1e-9 or chance**count <= 0.025 + 1e-9
+    noise = np.array([0.3 - 0.1, 0.4 - 0.2, 0.5 - 0.3] * 5)
+    assert len(set(noise)) > 1
+    low, high = mean_interval(noise, -1.0)
+    assert high - low > 0.1, "equal but for rounding"
+    assert mean_interval(np.array([0.5])) == mean_interval(np.array([1.0])) == (None, None)
+    pair = paired(samples({"a": [0]}), samples({"a": [1]}))
+    assert (pair.low, pair.high, pair.difference) == (None, None, 1)
+    assert summarise(samples({"a": [0, 1]})).low is None
+
+
 def test_the_paired_test_by_hand() -> None:
     """Three differences of 0.5, 0.25 and -0.25: of 8 assignments of signs, 4 have a sum at least 0.5 from 0."""
     first = samples({"a": [0, 0, 0, 0], "b": [1, 0, 0, 0], "c": [1, 1, 0, 0]})
@@ -98,7 +120,8 @@ def test_the_paired_test_by_hand() -> None:
     assert pair.p_value == pytest.approx(sum(s >= 0.5 - 1e-12 for s in sums) / 8)
     assert pair.low <= pair.difference <= pair.high
     same = paired(first, first)
-    assert (same.difference, same.p_value, same.low, same.high) == (0, 1, 0, 0)
+    assert (same.difference, same.p_value, same.low) == (0, 1, -same.high)
+    assert same.high == pytest.approx(1 - 0.025 ** (1 / 3)), "three problems do not show that there is no difference"
     with pytest.raises(DataError, match="not asked the same problems"):
         paired(first, samples({"a": [1]}))
 
@@ -505,6 +528,26 @@ def test_a_refused_request_is_no_wrong_answer(tmp_path: Path) -> None:
     (tmp_path / "predictions/m/a.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match="aime24: the server refused a request: the prompt has 534 tokens"):
         read_samples(tmp_path, BENCHMARKS["aime24"])
+
+
+def test_models_and_tasks_whose_names_are_alike_keep_their_results_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tasks = []
+    for number, file in enumerate(("a/b.jsonl", "a-b.jsonl")):
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_text(json.dumps({"prompt": f"say {number}", "label": number}) + "\n")
+        tasks.append(f"math:{file}")
+    with server_that_says(answer(content="\\boxed{1}")) as (responder, _):
+        words = ["--tasks", ",".join(tasks), "--samples", "1", "--out", "out", "--api-url", responder.url]
+        assert cli.main(["eval", "m/x", "m-x", "m-x-2", "M-X", *words]) == 0
+    models = [model["name"] for model in json.loads(Path("out/eval.json").read_text())["models"]]
+    assert models == ["m-x", "m-x-2", "m-x-2-2", "M-X-3"]
+    for name in models:
+        files = {path.name: json.loads(path.read_text())["score"] for path in Path("out", name).iterdir()}
+        assert files == {"math-a-b.jsonl.jsonl": 0.0, "math-a-b.jsonl-2.jsonl": 1.0}
+    assert "(–)" in capsys.readouterr().out, "one problem, no interval"
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
