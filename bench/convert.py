@@ -27,9 +27,9 @@ from infir2.checkpoint.fp8_format import dequantize_weight
 from infir2.checkpoint.huggingface import HfFolder, write_folder
 from infir2.checkpoint.safetensors_writer import TensorSpec
 from infir2.fp8.tensor import Operand
+from infir2.launch.environment import environment
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
-from infir2.stages.environment import environment
 
 VOCABULARY = 152_064
 # What one process does: convert, then say how long it took and how much memory it has ever had.

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
+from infir2.launch.environment import environment
 from infir2.model.attention import causal_attention
 from infir2.model.config import from_hf
 from infir2.model.transformer import CausalLM
 from infir2.stages.convert import convert_model
-from infir2.stages.environment import environment
 from infir2.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]

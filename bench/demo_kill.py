@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from infir2.durable import replace_file
-from infir2.stages.environment import environment
+from infir2.launch.environment import environment
 from infir2.train.metrics import read_metrics
 
 NUMBERS = ("loss", "grad_norm", "reward", "entropy", "response_length", "eval_loss", "eval_reward", "tokens")

@@ -24,11 +24,11 @@ import torch
 from infir2.config import CptConfig, load
 from infir2.fp8.convert import refresh_weights
 from infir2.fp8.health import measure
+from infir2.launch.environment import environment
+from infir2.launch.training import build_model, model_config, seed_everything
 from infir2.model.attention import document_attention
 from infir2.model.transformer import CausalLM
 from infir2.parallel.runtime import World, world
-from infir2.stages.environment import environment
-from infir2.stages.training import build_model, model_config, seed_everything
 from infir2.train.graphs import Graphs, can_record
 from infir2.train.optimizer import build_optimizer
 from infir2.train.step import train_step, trial_pass
@@ -65,6 +65,7 @@ def measure_shape(options: argparse.Namespace, rows: int, length: int, here: Wor
     refresh_weights(model)
     batch = random_batch(rows, length, model.config.vocab_size)
     steps = time_steps(options, config, model, batch, here)
+    free(here)
     every = config.fp8.health_every
     return {
         "shape": f"{rows} x {length}",
@@ -133,6 +134,12 @@ def median_ms(work: Callable[[], Any], repeats: int, here: World) -> float:
     return round(statistics.median(times[1:]), 3)
 
 
+def free(here: World) -> None:
+    gc.collect()
+    if here.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def wait(here: World) -> None:
     if here.device.type == "cuda":
         torch.cuda.synchronize()
@@ -161,9 +168,7 @@ def main() -> None:
             rows, length = map(int, shape.split("x"))
             record["rows"].append(measure_shape(options, rows, length, here))
             print(json.dumps(record["rows"][-1], indent=1), flush=True)
-            gc.collect()
-            if here.device.type == "cuda":
-                torch.cuda.empty_cache()
+            free(here)
     options.result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """Draw a result of bench/rl_100m.py: held-out accuracy, reward, and how far trainer and engine are apart.
 
-python bench/plot_rl.py bench/results/rl_100m_h200.json docs/img/rl_100m.svg
+python bench/plot_rl.py bench/results/rl_100m_h100.json docs/img/rl_100m.svg
 """
 
 import json

@@ -1,7 +1,7 @@
 """Does reinforcement learning raise the held-out accuracy of a model of 125 million parameters, in FP8 as in BF16?
 
-    python bench/rl_100m.py --out FOLDER --json bench/results/rl_100m_h200.json      (one GPU, minutes)
-    python bench/plot_rl.py bench/results/rl_100m_h200.json docs/img/rl_100m.svg
+    python bench/rl_100m.py --out FOLDER --json bench/results/rl_100m_h100.json      (one GPU, minutes)
+    python bench/plot_rl.py bench/results/rl_100m_h100.json docs/img/rl_100m.svg
     python bench/rl_100m.py --smoke --out FOLDER --json FILE                         (the same code, tiny, on a CPU)
 
 1. `infir2 sft` (recipes/sft_small_stage2.toml) teaches the preset `small-150m`, from random weights, in FP8,
@@ -39,14 +39,15 @@ from infir2.data.worked_solutions import Split, WorkedExample, worked_examples
 from infir2.durable import replace_file
 from infir2.errors import DataError
 from infir2.evaluate.score import Sample, paired, summarise
+from infir2.launch.chat_model import open_model
+from infir2.launch.environment import environment
 from infir2.parallel.runtime import World, world
 from infir2.reward.dispatch import reward_for
 from infir2.reward.score import Scorer
 from infir2.rollout.engine import Engine
 from infir2.rollout.records import Request, SamplingParams
-from infir2.stages.environment import environment
 from infir2.stages.rl import engine_options, reference_model, train_rl
-from infir2.stages.sft import open_model, train_sft
+from infir2.stages.sft import train_sft
 from infir2.train.metrics import read_metrics
 
 FAMILIES = ("chain_sum", "basic_arithmetic", "products", "gcd", "lcm")
@@ -363,14 +364,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--sft-batch", type=int, default=128)
     parser.add_argument("--sft-lr", type=float, default=6e-4)
-    parser.add_argument("--sft-seconds", type=float, default=150, help="fine-tuning is cut off after them")
+    parser.add_argument("--sft-seconds", type=float, default=45, help="fine-tuning is cut off after them")
     parser.add_argument("--probe", type=int, default=64, help="questions of each kind for the choice")
     parser.add_argument("--questions", type=int, default=512, help="held-out questions")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--new-tokens", type=int, default=320)
-    parser.add_argument("--lr", type=float, default=3e-5)
+    parser.add_argument("--new-tokens", type=int, default=192)
+    parser.add_argument("--lr", type=float, default=4e-5)
     parser.add_argument("--eval-every", type=int, default=10)
     parser.add_argument(
         "--rl-seconds", type=float, default=110, help="practice in each precision is cut off after them"

@@ -27,6 +27,9 @@ from infir2.data.chat import ChatTokenizer
 from infir2.data.tokenizer import load_tokenizer, train_tokenizer
 from infir2.data.worked_solutions import worked_examples
 from infir2.fp8.convert import refresh_weights
+from infir2.launch.chat_model import open_model
+from infir2.launch.environment import environment
+from infir2.launch.training import build_model, seed_everything
 from infir2.model.attention import document_attention
 from infir2.model.config import ModelConfig
 from infir2.model.presets import PRESETS
@@ -37,11 +40,8 @@ from infir2.rl.objective import PolicyObjective, batch_logprobs
 from infir2.rl.policy_loss import mismatch
 from infir2.rollout.engine import Engine
 from infir2.rollout.records import Request, SamplingParams
-from infir2.stages.environment import environment
 from infir2.stages.rl import Wiring, engine_options, make_scorer, read_data
-from infir2.stages.sft import open_model
-from infir2.stages.training import build_model, seed_everything
-from infir2.train.loop import Callbacks, Progress, train
+from infir2.train.loop import Callbacks, TrainState, train
 from infir2.train.metrics import MetricsWriter, read_metrics
 from infir2.train.optimizer import build_optimizer
 from infir2.types import IGNORE
@@ -98,7 +98,7 @@ def run_steps(
     chat, folder, architecture = opened
     scorer = make_scorer(config.reward)
     wiring = Wiring(config, architecture, chat, folder, read_data(config, chat, scorer, False), scorer, here)
-    dtype, settings, progress = getattr(torch, config.model.dtype), config.train.loop(), Progress()
+    dtype, settings, progress = getattr(torch, config.model.dtype), config.train.loop(), TrainState()
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:

@@ -29,15 +29,15 @@ from infir2.config import RlConfig, load
 from infir2.data import tokenizer as tok
 from infir2.data.worked_solutions import worked_examples
 from infir2.fp8.convert import refresh_weights
+from infir2.launch.chat_model import open_model
+from infir2.launch.environment import environment
+from infir2.launch.training import build_model
 from infir2.parallel.runtime import World
 from infir2.reward.score import Scorer
 from infir2.reward.tasks import ReasoningGymScorer
 from infir2.rollout.engine import Engine
 from infir2.rollout.options import EngineOptions
 from infir2.rollout.records import Request, SamplingParams
-from infir2.stages.environment import environment
-from infir2.stages.sft import open_model
-from infir2.stages.training import build_model
 from infir2.train.metrics import read_metrics
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -26,10 +26,10 @@ from infir2.config import SftConfig, load
 from infir2.data.chat import Sample
 from infir2.data.sft import SftLoader, TokenRows
 from infir2.fp8.convert import refresh_weights
+from infir2.launch.environment import environment
+from infir2.launch.training import build_model, model_config, seed_everything
 from infir2.model.attention import document_attention
 from infir2.parallel.runtime import World, world
-from infir2.stages.environment import environment
-from infir2.stages.training import build_model, model_config, seed_everything
 from infir2.train.graphs import Graphs, can_record
 from infir2.train.optimizer import build_optimizer
 from infir2.train.step import train_step

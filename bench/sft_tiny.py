@@ -26,14 +26,15 @@ from infir2.data import tokenizer as tok
 from infir2.data.chat import ChatTokenizer
 from infir2.data.worked_solutions import WorkedExample, worked_examples
 from infir2.fp8.convert import refresh_weights
+from infir2.launch.chat_model import open_model
+from infir2.launch.environment import environment
+from infir2.launch.training import build_model
 from infir2.parallel.runtime import World
 from infir2.reward.score import Scorer
 from infir2.reward.tasks import ReasoningGymScorer
 from infir2.rollout.engine import Engine
 from infir2.rollout.records import Request, SamplingParams
-from infir2.stages.environment import environment
-from infir2.stages.sft import open_model, train_sft
-from infir2.stages.training import build_model
+from infir2.stages.sft import train_sft
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FAMILIES = ("chain_sum",)

@@ -1,7 +1,7 @@
 """The errors that a user can cause. The command line prints them as one line, without a traceback."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -35,3 +35,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``" Did you mean 'lr'?"`` where a known word is close, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def some_of(names: Sequence[str], limit: int = 4) -> str:
+    """The first names, and how many there are where that is not all."""
+    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

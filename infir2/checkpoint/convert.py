@@ -15,7 +15,6 @@ from infir2.checkpoint.export_fp8 import Fp8Export
 from infir2.checkpoint.huggingface import (
     DTYPES,
     MAX_SHARD_BYTES,
-    copy_tokenizer,
     new_folder,
     require_space,
     write_folder,
@@ -23,6 +22,7 @@ from infir2.checkpoint.huggingface import (
 from infir2.checkpoint.model_source import TOKENIZER, ModelSource
 from infir2.checkpoint.safetensors_writer import TensorSpec
 from infir2.checkpoint.store import CheckpointStore, reason
+from infir2.data.tokenizer import copy_tokenizer
 from infir2.durable import write_file
 from infir2.errors import CheckpointError
 
@@ -99,7 +99,7 @@ def to_checkpoint(
             for file, text in source.texts.items():
                 write_file(carried / file, text.encode())
         if source.tokenizer is not None:
-            copy_tokenizer(source.tokenizer, carried)
+            copy_tokenizer(source.tokenizer, carried, complete=False)
         facts = {
             "architecture": source.architecture.to_hf(),
             "tokenizer": str((out / TOKENIZER).resolve()) if source.tokenizer is not None else None,

@@ -12,7 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from infir2.checkpoint.fp8_format import LARGEST_POWER, SCALE_SUFFIX, quantization_config, quantize_weight
+from infir2.checkpoint.fp8_format import (
+    LARGEST_POWER,
+    SCALE_SUFFIX,
+    ScaleFormat,
+    quantization_config,
+    quantize_weight,
+)
 from infir2.checkpoint.huggingface import Tensors
 from infir2.checkpoint.safetensors_writer import TensorSpec
 from infir2.errors import CheckpointError, ConfigError
@@ -22,7 +28,6 @@ from infir2.kernels.reference import FP8, scale_shape
 from infir2.model.config import ModelConfig
 from infir2.model.transformer import CausalLM
 
-ScaleFormat = Literal["ue8m0", "fp32"]
 ScaleDtype = Literal["fp32", "e8m0"]
 SCALE_DTYPES = {"fp32": torch.float32, "e8m0": torch.float8_e8m0fnu}
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

@@ -8,7 +8,7 @@ so the folder holds the numbers that training computed with.
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from infir2.errors import CheckpointError
 from infir2.fp8.tensor import Operand
 from infir2.kernels.reference import BLOCK, FP8, scale_shape
 
+ScaleFormat = Literal["ue8m0", "fp32"]
 SCALE_SUFFIX = "_scale_inv"
 LARGEST_POWER = 2.0**119
 """Largest power of two that is a scale in these folders: 448 times the next one is beyond bfloat16 and float32."""

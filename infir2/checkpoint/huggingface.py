@@ -15,14 +15,15 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from infir2.checkpoint import manifest
 from infir2.checkpoint.safetensors_writer import INDEX, WEIGHTS, TensorSpec, write_gathered, write_planned
 from infir2.checkpoint.state import model_state
-from infir2.data.tokenizer import TOKENIZER_FILES
-from infir2.durable import write_file
-from infir2.errors import CheckpointError
+from infir2.data.tokenizer import copy_tokenizer
+from infir2.durable import replace_file
+from infir2.errors import CheckpointError, some_of
+from infir2.parallel.apply import fill
 
 CONFIG = "config.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -96,7 +97,7 @@ class HfFolder:
             if self._file_of.get(name) != file:
                 raise CheckpointError(f"{index}: {name} is not in {file}, where the index says it is")
         if extra := sorted(self._file_of.keys() - listed.keys()):
-            raise CheckpointError(f"{self.folder / self._file_of[extra[0]]}: {_some(extra)} not in the index")
+            raise CheckpointError(f"{self.folder / self._file_of[extra[0]]}: {some_of(extra)} not in the index")
 
 
 def load_into(model: nn.Module, folder: str | Path) -> None:
@@ -108,7 +109,7 @@ def load_into(model: nn.Module, folder: str | Path) -> None:
     source = HfFolder(folder)
     names = stored_names(source, model)
     for (first, *_), parameter in _tied_groups(model):
-        _copy_into(parameter, source.tensor(names[first]))
+        fill(parameter, source.tensor(names[first]))
 
 
 class Tensors(Protocol):
@@ -170,17 +171,17 @@ def write_folder(
     fp32 to bf16 rounds to nearest even. ``tokenizer`` is a folder whose tokenizer files are copied, or one
     tokenizer.json. ``extra_files`` maps file names to text and wins over the generated files. With ``specs``, what is
     to be stored of every tensor, no tensor is kept; without, one shard is held in memory. Raises CheckpointError if
-    ``out`` is there and not empty or cannot be written, and leaves nothing.
+    ``out`` is there and not empty or cannot be written, DataError for a ``tokenizer`` that is none, and leaves nothing.
     """
     with new_folder(out) as temporary:
         cast = ((name, _cast(tensor, dtype)) for name, tensor in tensors)
         texts = {CONFIG: _to_json(_config_to_write(config, dtype)), "generation_config.json": _generation(config)}
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, temporary, complete=False)
         for name, text in {**texts, **(extra_files or {})}.items():
             if Path(name).name != name:
                 raise CheckpointError(f"{out}: {name!r} is not a plain file name")
-            write_file(temporary / name, text.encode())
-        if tokenizer is not None:
-            copy_tokenizer(tokenizer, temporary)
+            replace_file(temporary / name, text.encode())
         if specs is None:
             write_gathered(temporary, cast, max_shard_bytes)
         else:
@@ -220,17 +221,6 @@ def require_space(folder: Path, needed: int) -> None:
         raise CheckpointError(f"{folder.parent}: no space: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
 
 
-def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
-    """Copy the tokenizer files of a folder, or one tokenizer.json, but none that ``folder`` already has."""
-    files = [tokenizer] if tokenizer.is_file() else [tokenizer / name for name in TOKENIZER_FILES]
-    found = [path for path in files if path.is_file()]
-    if not found:
-        raise CheckpointError(f"{tokenizer}: no tokenizer files in it")
-    for path in found:
-        if not (folder / path.name).exists():
-            write_file(folder / path.name, path.read_bytes())
-
-
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
@@ -266,31 +256,18 @@ def _account_for_keys(source: Tensors, groups: list[tuple[list[str], Tensor]], m
         hint = ""
         if missing == ["lm_head.weight"]:
             hint = " (a tied model's folder: set tie_word_embeddings in the model's config)"
-        lines.append(f"missing: {_some(missing)}{hint}")
+        lines.append(f"missing: {some_of(missing)}{hint}")
     extra = sorted(name for name in source.shapes if name not in shapes and not name.endswith(_LEFTOVER))
     if extra:
-        lines.append(f"unexpected: {_some(extra)}")
+        lines.append(f"unexpected: {some_of(extra)}")
     both = sorted(shapes.keys() & source.shapes.keys())
     if misshapen := [name for name in both if shapes[name] != source.shapes[name]]:
         described = [f"{name} {list(source.shapes[name])} (expected {list(shapes[name])})" for name in misshapen]
-        lines.append(f"different shape: {_some(described)}")
+        lines.append(f"different shape: {some_of(described)}")
     if coded := [f"{name} {source.dtypes[name]}" for name in both if source.dtypes[name] not in DTYPES]:
-        lines.append(f"not a plain floating-point tensor (a quantised model?): {_some(coded)}")
+        lines.append(f"not a plain floating-point tensor (a quantised model?): {some_of(coded)}")
     if lines:
         raise CheckpointError(f"{source.folder}: does not fit {type(model).__name__}: {'; '.join(lines)}")
-
-
-@torch.no_grad()
-def _copy_into(parameter: Tensor, value: Tensor) -> None:
-    if parameter.is_meta:
-        raise RuntimeError("load_into needs allocated parameters: call model.to_empty(device=...) first")
-    if isinstance(parameter, DTensor):
-        # Every rank has read the whole tensor, so no communication is needed to take its part.
-        whole = value.to(parameter.device)
-        part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(part.to_local())
-    else:
-        parameter.copy_(value)
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
@@ -338,8 +315,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return table
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

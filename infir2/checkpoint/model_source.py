@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 import torch
 
-from infir2.checkpoint.fp8_format import Fp8Folder, check_quantization
-from infir2.checkpoint.huggingface import CONFIG, TOKENIZER_FILES, HfFolder, Tensors, read_config, stored_names
+from infir2.checkpoint.fp8_format import Fp8Folder, ScaleFormat, check_quantization
+from infir2.checkpoint.huggingface import CONFIG, HfFolder, Tensors, read_config, stored_names
 from infir2.checkpoint.store import META, CheckpointStore
 from infir2.checkpoint.stored_model import StoredModel
+from infir2.data.tokenizer import has_tokenizer
 from infir2.errors import CheckpointError
+from infir2.fp8.convert import keep_outer_layers
 from infir2.model.config import ModelConfig, from_hf
 from infir2.model.transformer import CausalLM
 
@@ -46,8 +48,16 @@ class ModelSource:
         """By parameter name."""
         return {name: self.tensors.shapes[stored] for name, stored in self.names.items()}
 
+    def trained_fp8(self) -> tuple[str, ScaleFormat, dict[str, str]]:
+        """(recipe, scale format, layers to keep in high precision -> why) of the run that made the checkpoint; those of
+        a bf16 run for any other source."""
+        trained = (self.meta.get("config") or {}).get("fp8") or {}
+        first, last = trained.get("bf16_first_layers", 0), trained.get("bf16_last_layers", 0)
+        keep = keep_outer_layers(self.architecture.num_hidden_layers, first, last)
+        return trained.get("recipe", "bf16"), trained.get("scale_format", "ue8m0"), keep
 
-def open_source(text: str, dtype: torch.dtype = torch.bfloat16) -> ModelSource:
+
+def open_model_source(text: str, dtype: torch.dtype = torch.bfloat16) -> ModelSource:
     """The model that a user means: a Hugging Face folder, a checkpoint folder, or a run for its newest checkpoint.
 
     ``dtype`` is that of weights that are stored in FP8. Raises CheckpointError for anything that is not whole: no
@@ -69,7 +79,7 @@ def _from_folder(path: Path, dtype: torch.dtype) -> ModelSource:
     architecture = from_hf(plain, name)
     tensors = Fp8Folder(path, dtype) if quantised else HfFolder(path)
     names = stored_names(tensors, _meta_model(architecture))
-    tokenizer = path if _has_tokenizer(path) else None
+    tokenizer = path if has_tokenizer(path) else None
     return ModelSource(
         "fp8" if quantised else "hf", path, architecture, plain, tensors, names, tokenizer, _carried(path)
     )
@@ -84,7 +94,7 @@ def _from_checkpoint(path: Path) -> ModelSource:
     names = stored_names(tensors, _meta_model(architecture))
     beside = path.parent.parent / TOKENIZER
     recorded = Path(meta["tokenizer"]) if meta.get("tokenizer") else None
-    tokenizer = next((place for place in (beside, recorded) if place and _has_tokenizer(place)), None)
+    tokenizer = next((place for place in (beside, recorded) if place and has_tokenizer(place)), None)
     # A trained model inherits from the one it started from, but is not described by that one's card.
     parent = ((meta.get("config") or {}).get("model") or {}).get("path")
     heirlooms = [_carried(Path(place), CARRIED[:2]) for place in (parent, recorded) if place]
@@ -95,10 +105,6 @@ def _from_checkpoint(path: Path) -> ModelSource:
 def _meta_model(architecture: ModelConfig) -> CausalLM:
     with torch.device("meta"):
         return CausalLM(architecture)
-
-
-def _has_tokenizer(path: Path) -> bool:
-    return path.is_file() or any((path / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _carried(folder: Path, names: tuple[str, ...] = CARRIED) -> dict[str, str]:

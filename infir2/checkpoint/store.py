@@ -25,7 +25,7 @@ from infir2.checkpoint import manifest, safe_reader
 from infir2.checkpoint.ranks import Ranks
 from infir2.checkpoint.state import cpu_copy, flatten
 from infir2.durable import write_file
-from infir2.errors import CheckpointError
+from infir2.errors import CheckpointError, some_of
 
 META = "meta.json"
 _STEP = re.compile(r"step-(\d{6,})")
@@ -383,9 +383,9 @@ def _account_for_keys(
     ours, theirs = set(flat), {name for name in stored if name.partition(".")[0] not in ignore}
     lines = []
     if missing := sorted(ours - stored.keys()):
-        lines.append(f"missing from the checkpoint: {_some(missing)}")
+        lines.append(f"missing from the checkpoint: {some_of(missing)}")
     if unexpected := sorted(theirs - ours):
-        lines.append(f"in the checkpoint but not expected: {_some(unexpected)}")
+        lines.append(f"in the checkpoint but not expected: {some_of(unexpected)}")
     differ = []
     for name in sorted(ours & stored.keys()):
         want = (list(flat[name].shape), flat[name].dtype)
@@ -394,14 +394,9 @@ def _account_for_keys(
         if want != have and not (want[0] == have[0] and floats and name.partition(".")[0] in cast):
             differ.append(f"{name} {have[0]} {have[1]} (expected {want[0]} {want[1]})")
     if differ:
-        lines.append(f"different shape or dtype: {_some(differ)}")
+        lines.append(f"different shape or dtype: {some_of(differ)}")
     if lines:
         raise CheckpointError(f"{path}: does not fit this model: {'; '.join(lines)}")
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def reason(error: BaseException) -> str:

@@ -200,10 +200,6 @@ class Dataset:
             found.append(ShardFile(with_ending(prefix, ".idx"), shard.idx_bytes, shard.idx_sha256))
         return found
 
-    @property
-    def tokenizer_path(self) -> Path:
-        return self.folder / "tokenizer"
-
     def num_tokens(self, split: Split) -> int:
         return sum(shard.tokens for shard in self.record.splits.get(split, []))
 

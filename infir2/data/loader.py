@@ -39,7 +39,6 @@ class TokenLoader:
         micro_batch: int,
         rank: int = 0,
         world: int = 1,
-        split: Split = "train",
         document_attention: bool = True,
         validation_fraction: float = 0.05,
         vocab_size: int | None = None,
@@ -57,7 +56,7 @@ class TokenLoader:
         self.weights = dict(sources)
         self.seq_len, self.seed = seq_len, seed
         self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
-        self.split, self.document_attention, self.prefetch = split, document_attention, prefetch
+        self.document_attention, self.prefetch = document_attention, prefetch
         self._validation_fraction = validation_fraction
         self._sources = [open_source(name, validation_fraction) for name in sources]
         for source in self._sources:
@@ -66,11 +65,11 @@ class TokenLoader:
         _check_one_tokenizer(self._sources)
         self._vocab = [source.vocab_size or vocab_size for source in self._sources]
         self._mixture = Mixture(list(sources), list(sources.values()), seed)
-        self.windows = {source.name: self._windows(source, split) for source in self._sources}
+        self.windows = {source.name: self._windows(source, "train") for source in self._sources}
         self._orders = [EpochOrder(n, seed, index) for index, n in enumerate(self.windows.values())]
         for source in self._sources:
             if not self.windows[source.name]:
-                raise DataError(f"{self._too_short(source, split)}. Prepare more text or shorten data.seq_len.")
+                raise DataError(f"{self._too_short(source, 'train')}. Prepare more text or shorten data.seq_len.")
 
     def step(self, n: int, offset: int = 0) -> list[Batch]:
         """This rank's micro-batches of optimiser step ``n``; ``offset`` = samples used before step 0.
@@ -148,7 +147,7 @@ class TokenLoader:
         File locations are not part of it, so data may be moved.
         """
         content: dict[str, Any] = {
-            "split": self.split,
+            "split": "train",
             "seq_len": self.seq_len,
             "seed": self.seed,
             "document_attention": self.document_attention,
@@ -160,7 +159,7 @@ class TokenLoader:
 
     def _sample(self, number: int) -> Window:
         source, ordinal = self._mixture.place(number)
-        return self._window(source, self._orders[source].window(ordinal), self.split)
+        return self._window(source, self._orders[source].window(ordinal), "train")
 
     def _window(self, index: int, k: int, split: Split) -> Window:
         """Window k of a source's split. Raises DataError for ids that the model does not have."""

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from infir2.types import IGNORE, Batch
 
+MULTIPLE = 128
+"""Micro-batches of documents are rounded up to a multiple of this many tokens: the block of the FP8 GEMMs over them."""
+
 
 @dataclass(frozen=True)
 class Window:

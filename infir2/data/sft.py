@@ -20,12 +20,10 @@ from infir2.data.chat import ChatTokenizer, Rendered, Sample
 from infir2.data.conversations import Row
 from infir2.data.documents import BadRow, RowLedger
 from infir2.data.order import shuffled_rows
-from infir2.data.packing import best_fit_decreasing, pack_documents
+from infir2.data.packing import MULTIPLE, best_fit_decreasing, pack_documents
 from infir2.errors import DataError
 from infir2.types import Batch
 
-MULTIPLE = 128
-"""Micro-batches are rounded up to a multiple of this many tokens: the block of the FP8 GEMMs over tokens."""
 _BATCH_ROWS, _BATCH_CHARACTERS = 2048, 8 << 20
 
 
@@ -222,9 +220,9 @@ class SftLoader:
         read, padded = self._filling(self.rows_of(step))
         return {"epoch": step / self.steps_per_epoch, "processed_tokens": read, "packing_efficiency": read / padded}
 
-    def efficiency(self, most_steps: int = 200) -> float:
-        """Tokens of rows / tokens of micro-batches, over the first steps."""
-        filled = [self._filling(self.rows_of(step)) for step in range(1, min(self.steps, most_steps) + 1)]
+    def efficiency(self) -> float:
+        """Tokens of rows / tokens of micro-batches, over the first 200 steps."""
+        filled = [self._filling(self.rows_of(step)) for step in range(1, min(self.steps, 200) + 1)]
         return sum(read for read, _ in filled) / sum(padded for _, padded in filled)
 
     def held_out(self, rows: TokenRows, most_rows: int) -> list[Batch]:

@@ -8,7 +8,7 @@ import filecmp
 import hashlib
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,8 +45,9 @@ _CONFIG = {
 }
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
+    *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
 )
+"""All that a tokenizer may consist of."""
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _BATCH_BYTES = 4 << 20
 T = TypeVar("T")
@@ -83,8 +84,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
 
 
 def has_tokenizer(path: Path) -> bool:
-    """Whether a folder holds a tokenizer."""
-    return any((path / name).is_file() for name in _VOCABULARY_FILES)
+    """Whether a path is a bare tokenizer.json or a folder that holds a tokenizer."""
+    return path.is_file() or any((path / name).is_file() for name in _VOCABULARY_FILES)
 
 
 class Clash(NamedTuple):
@@ -127,21 +128,36 @@ def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def copy_tokenizer(path: str | Path, folder: Path) -> None:
-    """Copy a tokenizer's files (and nothing else of a model folder) into ``folder``, so that AutoTokenizer loads it."""
+def copy_tokenizer(path: str | Path, folder: Path, complete: bool = True) -> None:
+    """Copy the files of a tokenizer folder (and nothing else of a model folder), or a bare tokenizer.json.
+
+    complete: write the configuration that AutoTokenizer needs, where the source has none. Raises DataError where there
+    is no tokenizer, and OSError for whatever cannot be written.
+    """
     path = Path(path)
+    files = {"tokenizer.json": path} if path.is_file() else {name: path / name for name in TOKENIZER_FILES}
+    found = {name: file for name, file in files.items() if file.is_file()}
+    if not found:
+        raise DataError(f"{path}: no tokenizer files in it")
     folder.mkdir(parents=True, exist_ok=True)
-    names = {path.name: path} if path.is_file() else {name: path / name for name in TOKENIZER_FILES}
-    for name, file in names.items():
-        if file.is_file():
-            shutil.copyfile(file, folder / ("tokenizer.json" if path.is_file() else name))
-    if not (folder / "tokenizer_config.json").is_file():
+    for name, file in found.items():
+        replace_file(folder / name, file.read_bytes())
+    if complete and not (folder / "tokenizer_config.json").is_file():
+        _write_configured(path, folder)
+
+
+def _write_configured(path: Path, folder: Path) -> None:
+    """The tokenizer as transformers writes it, configuration included."""
+    tokenizer = load_tokenizer(path)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as made:
         try:
-            load_tokenizer(path).save_pretrained(str(folder))
-        except (OSError, DataError):
+            tokenizer.save_pretrained(made)
+        except OSError:
             raise
         except Exception as error:  # how the tokenizers library words a full disk
             raise OSError(str(error)) from None
+        for file in Path(made).iterdir():
+            replace_file(folder / file.name, file.read_bytes())
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:

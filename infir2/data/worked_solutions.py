@@ -89,27 +89,6 @@ def worked_examples(
                 return
 
 
-def score(example: WorkedExample, answer: str | None) -> float:
-    """The library's mark for an answer, 0 or 1: part marks, which it gives to mere mentions, count as 0."""
-    import reasoning_gym
-
-    dataset = reasoning_gym.create_dataset(example.family, size=1, seed=0)
-    return float(dataset.score_answer(answer=answer, entry=example.reference) >= 1.0)
-
-
-def boxed(text: str) -> str | None:
-    """What the last ``\\boxed{...}`` of a text holds; None without one."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 1, start + len("\\boxed{")
-    for place in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[begin:place]
-    return None
-
-
 def is_held_out(question: str) -> bool:
     """Whether a question belongs to the held-out part: a hash of its text decides."""
     digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
@@ -140,7 +119,7 @@ def _family(name: str, stage: int, seed: int, split: Split) -> Iterator[WorkedEx
         seen.add(question)
         steps, answer = family.solve(item["metadata"])
         example = WorkedExample(name, question, tuple(steps), answer, item)
-        if dataset.score_answer(answer=boxed(example.completion), entry=item) < 1.0:
+        if dataset.score_answer(answer=answer, entry=item) < 1.0:
             raise RuntimeError(f"{name}: {question!r}: {answer!r} is not the answer {item['answer']!r}")
         yield example
 

@@ -17,6 +17,8 @@ from typing import IO
 
 from infir2.errors import UserError
 
+KEY_VARIABLE = "INFIR2_API_KEY"
+"""Environment variable with the key that servers ask for and clients show."""
 _STOP_S = 15.0
 _TAIL = 2000  # characters of the server's complaints that are shown
 
@@ -44,7 +46,7 @@ class LocalServer:
         command = [sys.executable, "-m", "infir2", "serve", self.model, "--port", "0", "--until-eof", *self.options]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env={**os.environ, "INFIR2_API_KEY": self.api_key},
+            env={**os.environ, KEY_VARIABLE: self.api_key},
         )  # fmt: skip
         try:
             self._await_ready()

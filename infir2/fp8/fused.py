@@ -21,6 +21,7 @@ from infir2.kernels.reference import BLOCK
 from infir2.kernels.rows import quantize_rows
 from infir2.kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_quantize, swiglu_quantize
 from infir2.kernels.transpose import transpose_operand
+from infir2.kernels.turned_heads import fits, side_by_side_gradient, turned_heads, turned_heads_gradient
 
 MlpActivations = Literal["fp8", "bf16", "recompute"]
 """How gate and up wait for the backward pass: as FP8 codes, as they are, or not at all (their GEMM is run again)."""
@@ -38,6 +39,8 @@ def fuse(model: nn.Module, keep: MlpActivations = "fp8") -> list[str]:
     for name, module in model.named_modules():
         if hasattr(module, "fused_projections") and (linears := _row_coded(module, _PROJECTIONS)):
             module.fused_projections = FusedProjections(linears)
+            if module.q_norm is None and _turnable(module.head_dim, linears):
+                module.fused_heads = FusedHeads(module.fused_projections.group, module.head_dim)
             done.append(name)
         elif hasattr(module, "fused_mlp") and (linears := _row_coded(module, _MLP, biased=False)):
             gate, up, down = linears
@@ -51,6 +54,11 @@ def _row_coded(module: nn.Module, names: tuple[str, ...], biased: bool = True) -
     linears = [getattr(module, name) for name in names]
     fit = (isinstance(x, Fp8Linear) and x.recipe.row_codes and (biased or x.bias is None) for x in linears)
     return linears if all(fit) else []
+
+
+def _turnable(head_dim: int, linears: list[Fp8Linear]) -> bool:
+    biased = {linear.bias is not None for linear in linears}
+    return len(biased) == 1 and fits(head_dim, [linear.out_features for linear in linears])
 
 
 class FusedProjections:
@@ -69,6 +77,30 @@ class FusedProjections:
             torch.is_grad_enabled(), measured, *group.weights,
         )  # fmt: skip
         return group.outputs(y.unflatten(0, hidden.shape[:-1])), stream.view(hidden.shape)
+
+
+class FusedHeads:
+    """The same, with biases and rotary positions, up to the queries, keys and values of every head."""
+
+    def __init__(self, group: LinearGroup, head_dim: int) -> None:
+        self.group, self.kv_heads = group, group.sizes[1] // head_dim
+
+    def __call__(
+        self, hidden: Tensor, norm_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """hidden [batch, length, features], cos and sin [batch, length, head_dim / 2] -> q, k and v [batch, length,
+        heads, head_dim], and hidden, as ``fork``."""
+        group, operand = self.group, self.group.operand()
+        group.measure_weights()
+        measured = group if any(linear.health is not None for linear in group.linears) else None
+        biases = [linear.bias for linear in group.linears if linear.bias is not None]
+        *heads, stream = _Heads.apply(
+            hidden.flatten(0, -2), norm_weight, eps, operand.codes, operand.scale, group.recipe,
+            torch.is_grad_enabled(), measured, cos.flatten(0, -2), sin.flatten(0, -2), self.kv_heads,
+            *group.weights, *biases,
+        )  # fmt: skip
+        q, k, v = (part.unflatten(0, hidden.shape[:-1]) for part in heads)
+        return q, k, v, stream.view(hidden.shape)
 
 
 class FusedMlp:
@@ -97,26 +129,70 @@ class _Projections(torch.autograd.Function):
         ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, w_codes: Tensor, w_scale: Tensor, recipe: Recipe,
         training: bool, measured: LinearGroup | None, *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        padded = pad_tokens(x)
-        codes, scale, amax, _ = norm_quantize(padded, norm_weight, eps, training and recipe.channel_wgrad)
-        if measured is not None:
-            _measure_input(measured, rms_norm(padded, norm_weight, eps), codes, scale)
-        ctx.save_for_backward(x, norm_weight, codes, scale, amax, w_codes, w_scale)
-        ctx.recipe, ctx.measured, ctx.eps = recipe, measured, eps
-        ctx.sizes, ctx.dtype = [weight.shape[0] for weight in weights], weights[0].dtype
-        return scaled_mm(codes, scale, "tile", w_codes, w_scale, "block", x.dtype)[: x.shape[0]], x
+        y, kept = _project(ctx, x, norm_weight, eps, w_codes, w_scale, recipe, training, measured, weights)
+        ctx.save_for_backward(*kept)
+        return y, x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, residual: Tensor) -> tuple[Any, ...]:
-        x, norm_weight, *x_saved, w_codes, w_scale = ctx.saved_tensors
         g = pad_tokens(grad)
         g_saved = quantize_rows(g, ctx.recipe.channel_wgrad)
         if ctx.measured is not None:
             _measure_gradient(ctx.measured, g, g_saved[0], g_saved[1], ctx.sizes)
-        normed = _input_gradient(g_saved[0], g_saved[1], w_codes, w_scale, grad.dtype)
-        dx, d_norm = rms_norm_backward(normed[: x.shape[0]], x, residual, norm_weight, ctx.eps)
-        dw = _split_gradient(g_saved, x_saved, ctx.recipe, ctx.dtype, ctx.sizes, any(ctx.needs_input_grad[8:]))
-        return dx, d_norm, None, None, None, None, None, None, *dw
+        dx, d_norm, dw = _project_backward(ctx, g_saved, residual, ctx.saved_tensors, any(ctx.needs_input_grad[8:]))
+        return dx, d_norm, *[None] * 6, *dw
+
+
+class _Heads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, w_codes: Tensor, w_scale: Tensor, recipe: Recipe,
+        training: bool, measured: LinearGroup | None, cos: Tensor, sin: Tensor, kv_heads: int,
+        *weights_and_biases: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        weights, biases = weights_and_biases[:3], weights_and_biases[3:]
+        y, kept = _project(ctx, x, norm_weight, eps, w_codes, w_scale, recipe, training, measured, weights)
+        ctx.save_for_backward(*kept, cos, sin)
+        ctx.biased = len(biases) > 0
+        bias = torch.cat(biases).to(y.dtype) if biases else None
+        return *turned_heads(y, bias, cos, sin, kv_heads), x
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, residual: Tensor) -> tuple[Any, ...]:
+        *kept, cos, sin = ctx.saved_tensors
+        rows = kept[2].shape[0]  # of the codes: whole tiles on a GPU
+        *g_saved, sums = turned_heads_gradient(dq, dk, dv, cos, sin, rows, ctx.recipe.channel_wgrad, ctx.biased)
+        if ctx.measured is not None:
+            g = pad_tokens(side_by_side_gradient(dq, dk, dv, cos, sin))
+            _measure_gradient(ctx.measured, g, g_saved[0], g_saved[1], ctx.sizes)
+        dx, d_norm, dw = _project_backward(ctx, g_saved, residual, kept, any(ctx.needs_input_grad[11:14]))
+        db = sums.sum(0).to(ctx.dtype).split(ctx.sizes) if ctx.biased else ()
+        return dx, d_norm, *[None] * 9, *dw, *db
+
+
+def _project(
+    ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, w_codes: Tensor, w_scale: Tensor, recipe: Recipe,
+    training: bool, measured: LinearGroup | None, weights: tuple[Tensor, ...],
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """norm(x) W^T, and what its backward pass needs."""
+    padded = pad_tokens(x)
+    codes, scale, amax, _ = norm_quantize(padded, norm_weight, eps, training and recipe.channel_wgrad)
+    if measured is not None:
+        _measure_input(measured, rms_norm(padded, norm_weight, eps), codes, scale)
+    ctx.recipe, ctx.measured, ctx.eps = recipe, measured, eps
+    ctx.sizes, ctx.dtype = [weight.shape[0] for weight in weights], weights[0].dtype
+    y = scaled_mm(codes, scale, "tile", w_codes, w_scale, "block", x.dtype)[: x.shape[0]]
+    return y, [x, norm_weight, codes, scale, amax, w_codes, w_scale]
+
+
+def _project_backward(
+    ctx: Any, g_saved: Any, residual: Tensor, kept: Any, wanted: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """From row codes of the gradient of y and what ``_project`` kept: gradients of x, norm and weights."""
+    x, norm_weight, *x_saved, w_codes, w_scale = kept
+    normed = _input_gradient(g_saved[0], g_saved[1], w_codes, w_scale, residual.dtype)
+    dx, d_norm = rms_norm_backward(normed[: x.shape[0]], x, residual, norm_weight, ctx.eps)
+    return dx, d_norm, _split_gradient(g_saved, x_saved, ctx.recipe, ctx.dtype, ctx.sizes, wanted)
 
 
 class _Mlp(torch.autograd.Function):

@@ -16,8 +16,6 @@ from infir2.fp8.linear import Fp8Linear
 from infir2.fp8.tensor import Operand
 from infir2.kernels.fidelity import fidelity
 
-OPERANDS = {"x": "activation", "w": "weight", "g": "gradient"}
-
 
 class Health:
     """What was measured: for each layer and operand (x, w, g), sums over the elements seen."""

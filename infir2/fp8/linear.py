@@ -24,7 +24,7 @@ class Fp8Linear(nn.Linear):
     """Drop-in for nn.Linear: same parameters and names, FP8 arithmetic by ``recipe``.
 
     x [..., in_features] in bfloat16 or float32 -> [..., out_features] in the same dtype. The bias is added outside FP8.
-    Call ``refresh`` whenever the weight has changed.
+    Call ``infir2.fp8.convert.refresh_weights(model)`` whenever weights have changed.
     """
 
     recipe: Recipe
@@ -48,11 +48,6 @@ class Fp8Linear(nn.Linear):
         """The infir2.fp8.group.LinearGroup that this layer is part of: its codes are then rows of the group's."""
         self._operand: Operand | None = None
         self._operand_t: Operand | None = None
-
-    def refresh(self) -> None:
-        """Quantise the weight anew: now, or where it is a shard at the next forward pass, when it is whole."""
-        self.stale = True
-        self.refresh_if_whole()
 
     def refresh_if_whole(self) -> None:
         """Quantise a stale weight, unless it is a shard or has no data yet."""

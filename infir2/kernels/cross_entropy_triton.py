@@ -96,7 +96,7 @@ def _softmax_gradient_kernel(
 
 
 # Shape of the launches: logits that a program takes at a time, warps, and such parts in flight.
-_SIZE, _WARPS, _STAGES = 8192, 8, 1
+_SIZE, _WARPS, _STAGES = 8192, 32, 4
 
 
 def softmax_gradient_(

@@ -75,24 +75,30 @@ def _power_of_two(bits):
 
 
 @triton.jit
+def _row_scales(largest):
+    """Of the largest magnitude of every block: what its numbers are multiplied by, the bits that its codes keep (none
+    where it is not finite), and its scale."""
+    bits = largest.to(tl.int32, bitcast=True)
+    power = _power_of_two(bits)
+    finite = bits < 0x7F800000
+    scale = tl.where(finite, tl.where(bits == 0, 0x3F800000, power), 0x7FC00000)
+    factor = (0x7F000000 - power).to(tl.float32, bitcast=True)
+    return factor, tl.where(finite, -1, 0), scale.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _encode_rows(value, LANES: tl.constexpr = True):
     """Of a [rows, 128] float32 tile: codes, and of every row its scale and its largest magnitude, NaN if it has one.
 
     LANES: four codes that are made at a time lie in one row, as they do where the tile came by vector loads.
     """
     largest = tl.reduce(_absolute(value), 1, _larger)
-    bits = largest.to(tl.int32, bitcast=True)
-    power = _power_of_two(bits)
-    finite = bits < 0x7F800000
-    factor = (0x7F000000 - power).to(tl.float32, bitcast=True)
-    if LANES:
-        mask = tl.where(finite, -1, 0)
-    else:
-        value = tl.where(finite[:, None], value, 0.0)
-        mask = tl.full(bits.shape, -1, tl.int32)
+    factor, mask, scale = _row_scales(largest)
+    if not LANES:
+        value = tl.where(mask[:, None] != 0, value, 0.0)
+        mask = tl.full(mask.shape, -1, tl.int32)
     codes = _codes(value, tl.broadcast_to(factor[:, None], value.shape), tl.broadcast_to(mask[:, None], value.shape))
-    scale = tl.where(finite, tl.where(bits == 0, 0x3F800000, power), 0x7FC00000)
-    return codes, scale.to(tl.float32, bitcast=True), largest
+    return codes, scale, largest
 
 
 @triton.jit

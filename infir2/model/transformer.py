@@ -23,9 +23,11 @@ from infir2.model.rotary import Rotary
 Head = Callable[[Tensor, Tensor], Any]
 """``head(hidden [batch, length, hidden], weight [vocabulary, hidden])``: a loss that needs no logits."""
 
-# Faster ways to compute the same, put in from outside: (residual stream, norm weight, norm epsilon) -> q, k and v, and
-# the residual stream; (residual stream, update, norm weight, norm epsilon) -> what ``MLP`` makes of them.
+# Faster ways to compute the same, put in from outside: (residual stream, norm weight, norm epsilon) -> outputs of the
+# q, k and v projections, and the residual stream; the same and (cos, sin) -> what ``Attention.heads`` returns;
+# (residual stream, update, norm weight, norm epsilon) -> what ``MLP`` makes of them.
 FusedProjections = Callable[[Tensor, Tensor, float], tuple[tuple[Tensor, ...], Tensor]]
+FusedHeads = Callable[[Tensor, Tensor, float, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 FusedMlp = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
@@ -63,10 +65,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.fused_projections: FusedProjections | None = None
+        self.fused_heads: FusedHeads | None = None
 
     def heads(self, hidden: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The residual stream [batch, length, hidden], through ``norm`` -> q, k, v [batch, length, heads, head_dim],
         and itself."""
+        if self.fused_heads is not None:
+            return self.fused_heads(hidden, norm.weight, norm.eps, cos, sin)
         projections, hidden = self._project(hidden, norm)
         # The number of heads is what is left over: tensor parallelism gives each device a part of them.
         q, k, v = (projected.unflatten(-1, (-1, self.head_dim)) for projected in projections)
@@ -148,8 +153,9 @@ class Decoder(nn.Module):
 class CausalLM(nn.Module):
     """A language model: decoder and output head.
 
-    Build a large model under ``torch.device("meta")``, then call ``to_empty(device=...)`` and ``init_weights(seed)`` or
-    ``load_state_dict``. With tied embeddings ``lm_head.weight`` is ``model.embed_tokens.weight`` and stays so.
+    Build a large model under ``torch.device("meta")``, call ``to_empty(device=...)``, and fill its parameters: from
+    ``initial_values(seed)``, whether they are whole or sharded (``init_weights(seed)`` does it for whole ones), or from
+    stored weights. With tied embeddings ``lm_head.weight`` is ``model.embed_tokens.weight`` and stays so.
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.bfloat16) -> None:

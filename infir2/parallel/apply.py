@@ -71,9 +71,13 @@ def set_gradient_sync(model: nn.Module, sync: bool) -> None:
 
 @torch.no_grad()
 def fill(parameter: Tensor, value: Tensor) -> None:
-    """Write a full tensor into a parameter, sharded or not."""
+    """Write a whole tensor, which every rank has, into a parameter, sharded or not, in the parameter's dtype."""
+    if parameter.is_meta:
+        raise RuntimeError("the parameters have no memory yet: call model.to_empty(device=...) first")
     if isinstance(parameter, DTensor):
-        full = value.to(device=parameter.device, dtype=parameter.dtype)
-        parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
+        # No communication is needed to take this rank's part.
+        whole = value.to(parameter.device)
+        part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(part.to_local())
     else:
         parameter.copy_(value)

@@ -13,6 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from infir2.errors import ConfigError
 
+_TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -39,13 +42,9 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
 
 @contextmanager
-def world(replicate: int = 1, timeout_minutes: float = 30.0) -> Iterator[World]:
+def world(replicate: int = 1) -> Iterator[World]:
     """Join torchrun's process group if there is one; leave it at the end.
 
     Raises ConfigError where ``replicate`` does not divide the number of processes.
@@ -57,7 +56,7 @@ def world(replicate: int = 1, timeout_minutes: float = 30.0) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, device, None)
         return
-    _join(device, timeout_minutes)
+    _join(device)
     try:
         if replicate == 1:
             mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
@@ -80,7 +79,7 @@ def _device(local_rank: int) -> torch.device:
     return device
 
 
-def _join(device: torch.device, timeout_minutes: float) -> None:
+def _join(device: torch.device) -> None:
     """Every attempt gets its own key space: after an in-job restart torchrun's store still holds dead addresses."""
     store, rank, size = next(dist.rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -90,5 +89,5 @@ def _join(device: torch.device, timeout_minutes: float) -> None:
         store=dist.PrefixStore(f"attempt_{attempt}", store),
         rank=rank,
         world_size=size,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=_TIMEOUT,
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 from infir2.errors import DataError
 from infir2.reward.extract import Think, after_thinking
-from infir2.reward.sandbox import Limits, Run, Sandbox
+from infir2.reward.sandbox import Limits, ProgramRun, Sandbox
 from infir2.reward.score import Score
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)[^\n]*$", re.MULTILINE)
@@ -38,7 +38,7 @@ class CallCase:
 
 
 @dataclass(frozen=True)
-class Problem:
+class CodeTests:
     """All cases of one problem. With a ``function`` they are calls, else scripts."""
 
     cases: tuple[StdioCase | CallCase, ...]
@@ -55,7 +55,7 @@ class Verdict:
     outcome: str
 
 
-def parse_problem(label: Any) -> Problem:
+def parse_problem(label: Any) -> CodeTests:
     """A label, as an object or as JSON text, in either of the two forms in use (LiveCodeBench's and APPS / TACO's):
 
     ``[{"input": ..., "output": ..., "testtype": "stdin" | "functional"}]`` (or an object with these under ``"tests"``
@@ -80,25 +80,25 @@ def parse_problem(label: Any) -> Problem:
     return problem
 
 
-def _from_columns(data: dict[str, Any]) -> Problem:
+def _from_columns(data: dict[str, Any]) -> CodeTests:
     function = data.get("fn_name")
     pairs = list(zip(data["inputs"], data["outputs"], strict=True))
     if function:
-        return Problem(tuple(CallCase(tuple(i), o) for i, o in pairs), str(function))
-    return Problem(tuple(StdioCase(_as_text(i), _as_text(o)) for i, o in pairs))
+        return CodeTests(tuple(CallCase(tuple(i), o) for i, o in pairs), str(function))
+    return CodeTests(tuple(StdioCase(_as_text(i), _as_text(o)) for i, o in pairs))
 
 
-def _from_rows(data: dict[str, Any]) -> Problem:
+def _from_rows(data: dict[str, Any]) -> CodeTests:
     tests, function = data["tests"], data.get("fn_name")
     kinds = {test.get("testtype", "stdin") for test in tests}
     if kinds == {"functional"}:
         if not function:
             raise ValueError('functional tests need "fn_name"')
         calls = ((_json_lines(t["input"]), json.loads(t["output"])) for t in tests)
-        return Problem(tuple(CallCase(*call) for call in calls), str(function))
+        return CodeTests(tuple(CallCase(*call) for call in calls), str(function))
     if kinds - {"stdin"}:
         raise ValueError(f"testtypes {sorted(map(str, kinds))}")
-    return Problem(tuple(StdioCase(_as_text(t["input"]), _as_text(t["output"])) for t in tests))
+    return CodeTests(tuple(StdioCase(_as_text(t["input"]), _as_text(t["output"])) for t in tests))
 
 
 def _json_lines(text: str) -> tuple[Any, ...]:
@@ -124,7 +124,7 @@ def extract_program(response: str, think: Think = "auto") -> str | None:
     return found if found and found.strip() else None
 
 
-def judge(program: str, problem: Problem, sandbox: Sandbox) -> Verdict:
+def judge(program: str, problem: CodeTests, sandbox: Sandbox) -> Verdict:
     """Run the cases in order, up to the first failure: each in a process of its own, with the limits for itself."""
     total = len(problem.cases)
     for passed, case in enumerate(problem.cases):
@@ -142,11 +142,11 @@ def judge(program: str, problem: Problem, sandbox: Sandbox) -> Verdict:
     return Verdict(total, total, "passed")
 
 
-def _ended_well(run: Run) -> bool:
+def _ended_well(run: ProgramRun) -> bool:
     return run.status == "exited" and run.code == 0
 
 
-def _trouble(run: Run) -> str:
+def _trouble(run: ProgramRun) -> str:
     return run.status if run.status in ("timeout", "output") else "error"
 
 
@@ -202,7 +202,7 @@ class CodeScorer:
         with ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox") as pool:
             return list(pool.map(self._score, (response for response, _ in pairs), problems))
 
-    def _score(self, response: str, problem: Problem) -> Score:
+    def _score(self, response: str, problem: CodeTests) -> Score:
         program = extract_program(response, self.think)
         if program is None:
             return Score(0.0, None, "no answer")

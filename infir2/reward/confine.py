@@ -114,16 +114,6 @@ def refuse_system_calls(only_compute: bool = False, also: Iterable[str] = ()) ->
     _install(program)
 
 
-def refuse_only(*names: str) -> None:
-    """Refuse just these system calls, as a machine would that lacks them (for tests)."""
-    column, _ = _ARCHITECTURES[os.uname().machine]
-    numbers = [{**_DANGEROUS, **_ACTING}[name][column] for name in names]
-    program = [_op(_LOAD, _NUMBER_AT)]
-    for number in numbers:
-        program += [_op(_EQUAL, number, 0, 1), _op(_RETURN, _REFUSE | errno.EPERM)]
-    _install([*program, _op(_RETURN, _ALLOW)])
-
-
 def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
     return struct.pack("=HBBI", code, if_true, if_false, value)
 

@@ -84,7 +84,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Run:
+class ProgramRun:
     """How a program ended, and what it left."""
 
     status: Status
@@ -135,24 +135,24 @@ class Sandbox:
         elif unsafe_code_exec:
             _log.warning("unsafe_code_exec is set but not needed: every layer of the sandbox works here")
 
-    def run_script(self, source: str, stdin: bytes = b"") -> Run:
+    def run_script(self, source: str, stdin: bytes = b"") -> ProgramRun:
         """Run a program as a script. ``stdin`` is its whole standard input."""
         return self._run(source, stdin, ("script", "-"))
 
-    def run_calls(self, source: str, function: str, calls: Sequence[Sequence[Any]]) -> Run:
+    def run_calls(self, source: str, function: str, calls: Sequence[Sequence[Any]]) -> ProgramRun:
         """Call ``function`` (or ``Solution().function``) of a program with each list of arguments (JSON values)."""
         return self._run(source, json.dumps(list(calls)).encode(), ("calls", function))
 
-    def _run(self, source: str, stdin: bytes, how: tuple[str, str]) -> Run:
+    def _run(self, source: str, stdin: bytes, how: tuple[str, str]) -> ProgramRun:
         if len(source.encode("utf-8", "replace")) > self.limits.source_kib << 10:
-            return Run("signal", None, b"", b"source too long", b"", 0.0)
+            return ProgramRun("signal", None, b"", b"source too long", b"", 0.0)
         with _ROOM:
             return launch(source.encode("utf-8", "replace").decode(), stdin, how, self.limits, self.layers, proved=True)
 
 
 def launch(
     source: str, stdin: bytes, how: tuple[str, str], limits: Limits, layers: Sequence[str], proved: bool = False
-) -> Run:
+) -> ProgramRun:
     """One run with exactly these layers. SandboxError if one of them cannot be put up.
 
     A cage that is killed without having told how the program ended is a SandboxError, too, unless it is ``proved`` that
@@ -206,7 +206,9 @@ def readable_paths() -> list[str]:
     return [*_SYSTEM_PATHS, *sorted(prefixes)]
 
 
-def _verdict(taken: dict[str, bytes], stopped: Status | None, nonce: str, wall_s: float, silence: int | None) -> Run:
+def _verdict(
+    taken: dict[str, bytes], stopped: Status | None, nonce: str, wall_s: float, silence: int | None
+) -> ProgramRun:
     """``silence``: the signal that a run without a word was ended by; None where silence is a fault of the sandbox."""
     words = {}
     for line in taken["status"].decode("utf-8", "replace").splitlines():
@@ -218,16 +220,16 @@ def _verdict(taken: dict[str, bytes], stopped: Status | None, nonce: str, wall_s
         raise SandboxError(f"the sandbox could not be set up: {words['broken']}")
     output = taken["stdout"], taken["stderr"], taken["results"]
     if stopped:
-        return Run(stopped, None, *output, wall_s)
+        return ProgramRun(stopped, None, *output, wall_s)
     if "ended" not in words and silence is not None:
-        return Run("signal", -silence, *output, wall_s)
+        return ProgramRun("signal", -silence, *output, wall_s)
     if "ended" not in words:
         last = taken["stderr"].decode("utf-8", "replace").strip().rpartition("\n")[2]
         raise SandboxError(f"the sandbox ended without a word: {last[-300:] or 'it was killed'}")
     code = int(words["ended"])
     if code == -signal.SIGXCPU:
-        return Run("timeout", code, *output, wall_s)
-    return Run("signal" if code < 0 else "exited", code, *output, wall_s)
+        return ProgramRun("timeout", code, *output, wall_s)
+    return ProgramRun("signal" if code < 0 else "exited", code, *output, wall_s)
 
 
 class _Reader:

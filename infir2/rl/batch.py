@@ -10,11 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infir2.data.packing import best_fit_decreasing, pack_documents
+from infir2.data.packing import MULTIPLE, best_fit_decreasing, pack_documents
 from infir2.types import Batch
-
-MULTIPLE = 128
-"""Micro-batches are rounded up to a multiple of this many tokens: the block of the FP8 GEMMs over tokens."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from infir2.fp8.convert import refresh_weights
 from infir2.fp8.linear import Fp8Linear
 from infir2.model.transformer import CausalLM
 from infir2.rollout.blocks import BlockAllocator
+from infir2.rollout.cache_size import stored_dtype
 from infir2.rollout.checksum import weights_checksum
 from infir2.rollout.decoder import Decoder
 from infir2.rollout.interface import Capabilities, EngineStats, PauseMode, Progress
@@ -55,7 +56,8 @@ class Engine:
         self.max_length = min(options.max_length or positions, positions)
         blocks = BlockAllocator(options.cache_tokens // options.block_size, options.block_size)
         self._scheduler = Scheduler(blocks, options.max_sequences, options.max_batch_tokens, options.prefix_cache)
-        self._runner = Runner(model, blocks.num_blocks, options.block_size, options.cache_dtype == "fp8")
+        cache_dtype = stored_dtype(options.cache_dtype, model.model.compute_dtype)
+        self._runner = Runner(model, blocks.num_blocks, options.block_size, cache_dtype)
         rounds = options.decode_rounds or (16 if self._runner.device.type == "cuda" else 1)
         self._decoder = Decoder(self._runner, rounds, options.max_sequences, self.max_length)
         self._unfinished: dict[str, list[Sequence]] = {}

@@ -54,10 +54,6 @@ class EngineStats:
     cache_bytes: int
     """Memory of keys and values; 0 while asleep."""
 
-    @property
-    def generated_per_second(self) -> float:
-        return self.generated_tokens / self.seconds if self.seconds else 0.0
-
 
 class RolloutEngine(Protocol):
     """Generates samples, and lets a trainer change the weights between (or, if it can, during) calls.

@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 
 from infir2.kernels.paged_attention import attend, write
 from infir2.kernels.paged_layout import PagedCache, PagedLayout, empty_cache, query_tiles
-from infir2.kernels.reference import FP8
 from infir2.model.transformer import CausalLM
 from infir2.rollout.scheduler import Chunk
 from infir2.rollout.upload import block_tables, upload
@@ -42,14 +41,14 @@ class Runner:
     Raises ValueError for sharded weights, and on a GPU for heads whose size is no power of two.
     """
 
-    def __init__(self, model: CausalLM, num_blocks: int, block_size: int, fp8_cache: bool) -> None:
+    def __init__(self, model: CausalLM, num_blocks: int, block_size: int, cache_dtype: torch.dtype) -> None:
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             raise ValueError("the weights are sharded over devices; the embedded engine needs whole ones")
         head_dim = model.config.head_dim
         if model.lm_head.weight.is_cuda and head_dim & (head_dim - 1):
             raise ValueError(f"head_dim {head_dim}: on a GPU the engine's attention takes powers of two only")
         self.model, self.num_blocks, self.block_size = model, num_blocks, block_size
-        self.cache_dtype = FP8 if fp8_cache else model.model.compute_dtype
+        self.cache_dtype = cache_dtype
         self.caches: list[PagedCache] = []
         self.make_cache()
 

@@ -20,7 +20,7 @@ from infir2.rollout.records import Request as EngineRequest
 from infir2.serve.engine_thread import EngineFault, EngineThread, Overloaded, Stream
 from infir2.serve.errors import ApiError
 from infir2.serve.guard import KeyGuard
-from infir2.serve.limits import Limits
+from infir2.serve.limits import ServerLimits
 from infir2.serve.metrics import CONTENT_TYPE, Metrics
 from infir2.serve.prompts import ServedModel, engine_requests, stop_ids
 from infir2.serve.protocol import ChatRequest, CompletionRequest, Sampling, parse
@@ -38,7 +38,7 @@ class Server:
 
     engine: EngineThread
     served: ServedModel
-    limits: Limits
+    limits: ServerLimits
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -161,7 +161,7 @@ def _prepare(kind: type[Sampling], body: bytes, server: Server) -> tuple[Samplin
     return asked, engine_requests(asked, server.served, server.limits)
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
+async def _body(request: Request, limits: ServerLimits) -> bytes:
     """The body. Raises ApiError 413 for one that is too long, without reading all of it, and 408 for a slow one."""
     chunks, size = [], 0
     too_long = ApiError(413, f"the body is above the limit of {limits.body_bytes} bytes")

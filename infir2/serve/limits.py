@@ -6,7 +6,7 @@ from infir2.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServerLimits:
     """Raises ConfigError, naming the limit, for one below 1."""
 
     body_bytes: int = 4 << 20

@@ -10,7 +10,7 @@ from infir2.errors import DataError
 from infir2.rollout.engine import Engine
 from infir2.rollout.records import Request, RequestError, SamplingParams
 from infir2.serve.errors import ApiError
-from infir2.serve.limits import Limits
+from infir2.serve.limits import ServerLimits
 from infir2.serve.protocol import ChatRequest, CompletionRequest, Sampling
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class ServedModel:
         return ServedModel(name, tokenizer, chat, problem, longest, frozenset(ends), frozenset(turns))
 
 
-def engine_requests(request: Sampling, served: ServedModel, limits: Limits) -> list[Request]:
+def engine_requests(request: Sampling, served: ServedModel, limits: ServerLimits) -> list[Request]:
     """One for each prompt. Raises ApiError 400 or 404."""
     if request.model != served.name:
         message = f"model: {request.model!r} is not served here, {served.name!r} is"
@@ -102,7 +102,7 @@ def _prompts(request: Sampling, served: ServedModel) -> list[list[int]]:
     return ids
 
 
-def _engine_request(request: Sampling, ids: list[int], served: ServedModel, limits: Limits) -> Request:
+def _engine_request(request: Sampling, ids: list[int], served: ServedModel, limits: ServerLimits) -> Request:
     room = served.longest - len(ids)
     if room < 1:
         raise ApiError(

@@ -57,11 +57,11 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from infir2.stages import bench_decode, bench_kernels, bench_step
-    from infir2.stages.environment import environment
+    from infir2.benchmark import decode, kernels, step
+    from infir2.launch.environment import environment
 
-    benches = {"step": bench_step.run, "decode": bench_decode.run}
-    rows = (benches | {"gemm": bench_kernels.gemm, "quantize": bench_kernels.quantize})[args.what](args)
+    benches = {"step": step.run, "decode": decode.run}
+    rows = (benches | {"gemm": kernels.gemm, "quantize": kernels.quantize})[args.what](args)
     for title, keys in _tables(rows):
         table = Table(title=title or f"bench {args.what}: {args.model}, {args.batch} x {args.length}")
         for key in keys:

@@ -37,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from infir2.launch.environment import environment
+    from infir2.launch.run_folder import exit_code
     from infir2.parallel.runtime import world
     from infir2.report import write_report
     from infir2.stages.cpt import train_cpt
-    from infir2.stages.environment import environment
-    from infir2.stages.run_folder import exit_code
 
     for option, values in (("--precisions", args.precisions), ("--seeds", args.seeds)):
         if len(set(values)) < len(values):

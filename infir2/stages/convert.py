@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from infir2.errors import ConfigError
-from infir2.stages.byte_progress import byte_progress
+from infir2.errors import CheckpointError, ConfigError
+from infir2.launch.progress import bytes_bar
 
 if TYPE_CHECKING:
     from infir2.checkpoint.convert import Written
@@ -78,13 +78,13 @@ def convert_model(
     import torch
 
     from infir2.checkpoint.huggingface import require_new
-    from infir2.checkpoint.model_source import open_source
+    from infir2.checkpoint.model_source import open_model_source
 
     options, console, started = options or Options(), console or Console(quiet=True), time.monotonic()
     _check(options, to)
     require_new(out)  # Before a source of many GB is verified.
     wide = to == "dcp" or options.dtype == "float32"
-    model = open_source(source, torch.float32 if wide else torch.bfloat16)
+    model = open_model_source(source, torch.float32 if wide else torch.bfloat16)
     if options.tokenizer is not None:
         model = dataclasses.replace(model, tokenizer=options.tokenizer)
     parameters, read = model.architecture.num_parameters(), model.tensors.nbytes
@@ -115,14 +115,14 @@ def _convert(model: "ModelSource", out: Path, to: Format, options: Options, cons
     import torch
 
     from infir2.checkpoint.convert import to_checkpoint, to_fp8, to_hf
-    from infir2.stages.model_card import model_card
+    from infir2.launch.model_card import model_card
 
     limit = int(options.max_shard_gb * 1e9)
     export = plan(model, options) if to == "fp8" else None
     if export is not None:
         for line in _export_lines(export):
             console.print(line)
-    with byte_progress(console, "converting") as report:
+    with bytes_bar(console, "converting") as report:
         if to == "dcp":
             return to_checkpoint(model, out, _starting_facts(model), report)
         if export is not None:
@@ -134,21 +134,15 @@ def _convert(model: "ModelSource", out: Path, to: Format, options: Options, cons
 def plan(model: "ModelSource", options: Options) -> "Fp8Export":
     """What is quantised. The layers and the scale format of a run that trained in FP8 are kept."""
     from infir2.checkpoint.export_fp8 import plan_export
-    from infir2.errors import CheckpointError
-    from infir2.fp8.convert import keep_outer_layers
 
     if model.kind == "fp8":
         raise CheckpointError(
             f"{model.path}: is already an FP8 folder; to quantise it anew, convert it with --to hf first"
         )
-    trained = (model.meta.get("config") or {}).get("fp8") or {}
-    keep: dict[str, str] = {}
-    scale_format = options.scale_format
-    if trained.get("recipe", "bf16") != "bf16":
-        first, last = trained.get("bf16_first_layers", 0), trained.get("bf16_last_layers", 0)
-        keep = keep_outer_layers(model.architecture.num_hidden_layers, first, last)
-        scale_format = scale_format or trained.get("scale_format")
-    return plan_export(model.architecture, scale_format or "ue8m0", options.scale_dtype or "fp32", keep)
+    recipe, scale_format, keep = model.trained_fp8()
+    if recipe == "bf16":  # it had no scales, and every layer can be quantised
+        scale_format, keep = "ue8m0", {}
+    return plan_export(model.architecture, options.scale_format or scale_format, options.scale_dtype or "fp32", keep)
 
 
 def _export_lines(export: "Fp8Export") -> Iterator[str]:
@@ -164,11 +158,11 @@ def _export_lines(export: "Fp8Export") -> Iterator[str]:
 
 def _starting_facts(model: "ModelSource") -> dict[str, Any]:
     """What a run that starts from this checkpoint reads of it."""
-    from infir2.stages.environment import environment
-    from infir2.train.loop import Progress as Trained
+    from infir2.launch.environment import environment
+    from infir2.train.loop import TrainState
 
     return {
-        "progress": Trained().to_json(),
+        "progress": TrainState().to_json(),
         "data": {"sha256": None},
         "data_offset": 0,
         "global_batch": 0,

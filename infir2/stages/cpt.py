@@ -8,33 +8,30 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infir2.config import CptConfig, describe, load
+from infir2.config import CptConfig, load
 from infir2.errors import ConfigError
+from infir2.launch.recipe_arguments import add_recipe_arguments
 
 if TYPE_CHECKING:
     import signal
 
     from infir2.data.loader import TokenLoader
+    from infir2.launch.dry_run import Workload
     from infir2.model.config import ModelConfig
     from infir2.parallel.runtime import World
-    from infir2.stages.dry_run import Workload
 
 ACCEPTS_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="TOML file, such as recipes/cpt_tiny.toml")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, parameters and memory; stop")
+    add_recipe_arguments(parser, CptConfig, "cpt_tiny.toml")
     parser.add_argument("--profile", action="store_true", help="trace three steps into RUN/profile")
-    parser.epilog = "recipe keys (override with --section.key value):\n" + "\n".join(
-        f"  --{key}  [{default}]\n      {text}" for key, default, text in describe(CptConfig)
-    )
 
 
 def run(args: argparse.Namespace) -> int:
+    from infir2.launch.dry_run import describe_run
+    from infir2.launch.run_folder import exit_code
     from infir2.parallel.runtime import world
-    from infir2.stages.dry_run import describe_run
-    from infir2.stages.run_folder import exit_code
 
     profiled = ["--log.profile_steps", "3"] if args.profile else []
     config = load(CptConfig, args.recipe, [*profiled, *args.overrides])
@@ -51,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 def workload(config: CptConfig) -> "Workload":
     """How much the recipe computes."""
-    from infir2.stages.dry_run import Workload
+    from infir2.launch.dry_run import Workload
 
     data, train = config.data, config.train
     return Workload(train.steps, train.steps * train.global_batch * data.seq_len, train.micro_batch * data.seq_len)
@@ -60,7 +57,7 @@ def workload(config: CptConfig) -> "Workload":
 def architecture_of(config: CptConfig) -> "ModelConfig":
     """The recipe's model; checks that it can hold the recipe's sequences."""
     from infir2.data.source import open_source
-    from infir2.stages.training import model_config
+    from infir2.launch.training import model_config
 
     sources = [open_source(name, config.data.validation_fraction) for name in config.data.sources]
     needed = max(source.vocab_size or 0 for source in sources)
@@ -95,10 +92,10 @@ def train_cpt(config: CptConfig, world: "World") -> "signal.Signals | None":
     """Run or resume continual pre-training. Returns the signal that ended it early, if any."""
     import torch
 
+    from infir2.launch.data_check import verify_shards
+    from infir2.launch.run_folder import keep_tokenizer
+    from infir2.launch.training import StageData, run_training
     from infir2.model.attention import causal_attention, document_attention
-    from infir2.stages.data_check import verify_shards
-    from infir2.stages.run_folder import keep_tokenizer
-    from infir2.stages.training import StageData, run_training
 
     architecture = architecture_of(config)
     loader = open_loader(config, world, architecture)
@@ -124,8 +121,8 @@ def choose_tokenizer(config: CptConfig, world: "World") -> Path | None:
     Raises DataError where a source's token ids mean something else to the model; tells what cannot be compared.
     """
     from infir2.data.tokenizer import has_tokenizer
-    from infir2.stages.data_check import check_token_ids
-    from infir2.stages.training import starting_meta, starting_tokenizer
+    from infir2.launch.data_check import check_token_ids
+    from infir2.launch.training import starting_meta, starting_tokenizer
 
     mine = starting_tokenizer(config)
     if config.model.preset is None or starting_meta(config) is not None:  # else random weights, which know no ids yet

@@ -21,8 +21,8 @@ from rich.console import Console
 
 import infir2
 from infir2.config import load
+from infir2.launch.pipeline_plan import PipelineConfig, make_plan
 from infir2.stages.pipeline import run_plan, show
-from infir2.stages.pipeline_plan import PipelineConfig, make_plan
 
 RECIPES = Path(infir2.__file__).parent / "recipes"
 SIZES = ("tiny", "small")

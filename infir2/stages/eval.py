@@ -18,20 +18,20 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from infir2.durable import replace_file
 from infir2.errors import ConfigError, UserError
+from infir2.evaluate.server import KEY_VARIABLE
 from infir2.evaluate.tasks import HELP, Benchmark, LocalTask, parse_tasks, problems_of, with_sampling
-from infir2.stages.inference import InferenceOptions, add_inference_arguments
-from infir2.stages.serve import KEY_VARIABLE
+from infir2.launch.inference import InferenceOptions, add_inference_arguments
+from infir2.launch.progress import count_bar
 
 if TYPE_CHECKING:
     from infir2.evaluate.respond import Responder
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from infir2.evaluate.harness import find_evalscope
     from infir2.evaluate.score import paired, summarise
-    from infir2.stages.environment import environment
+    from infir2.launch.environment import environment
 
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
@@ -110,7 +110,7 @@ def _tasks(args: argparse.Namespace) -> list[Task]:
 
 def _names(args: argparse.Namespace) -> list[str]:
     """What each model is called in the table and in OUT: different for different models."""
-    from infir2.stages.inference import model_name
+    from infir2.launch.inference import model_name
 
     names = [_file_name(text) if args.api_url else model_name(text) for text in args.models]
     return _distinct(names)
@@ -178,7 +178,7 @@ def _evaluate(
     if python is not None:
         with _endpoint(args, text, key, console) as (url, api_key, model):
             endpoint = Endpoint(url, api_key, model, url if args.api_url else _weights_identity(text))
-            with _progress(console, f"{name}: evalscope") as progress:
+            with count_bar(console, f"{name}: evalscope") as progress:
                 found |= run_benchmarks(benchmarks, staged, endpoint, settings, folder, progress)
     return found
 
@@ -209,7 +209,7 @@ def _local(
 
     found: Samples = {}
     for task in tasks:
-        with _progress(console, f"{name}: {task.name}") as progress:
+        with count_bar(console, f"{name}: {task.name}") as progress:
             problems = problems_of(task, args.limit)
             found[task.name] = run_local_task(task, problems, responder, scorers.of(task), args.seed, progress)
     return found
@@ -217,8 +217,8 @@ def _local(
 
 def _engine_responder(args: argparse.Namespace, text: str, console: Console) -> "Responder":
     from infir2.evaluate.respond import EngineResponder
+    from infir2.launch.inference import end_ids, load_engine
     from infir2.serve.prompts import ServedModel
-    from infir2.stages.inference import end_ids, load_engine
 
     engine, tokenizer, source = load_engine(text, InferenceOptions.of(args), console)
     served = ServedModel.of(engine, text, tokenizer, end_ids(source))
@@ -259,15 +259,6 @@ def _server_options(args: argparse.Namespace) -> list[str]:
         if (value := getattr(args, name)) != default:
             options += [f"--{name.replace('_', '-')}", str(value)]
     return options
-
-
-@contextmanager
-def _progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True, quiet=console.quiet), transient=True)
-    with bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
 
 def _result(

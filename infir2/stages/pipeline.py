@@ -31,16 +31,16 @@ from rich.markup import escape
 
 from infir2.config import load
 from infir2.errors import UserError
+from infir2.launch.pipeline_plan import PipelineConfig, Plan, Step, make_plan
+from infir2.launch.pipeline_run import interrupted, run_step
 from infir2.report import write_chain_report
-from infir2.stages.pipeline_plan import PipelineConfig, Plan, Step, make_plan
-from infir2.stages.pipeline_run import interrupted, run_step
 from infir2.train.live import duration
 
 ACCEPTS_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pipeline", type=Path, metavar="PIPELINE", help="TOML file, such as pipelines/demo.toml")
+    parser.add_argument("pipeline", type=Path, metavar="PIPELINE", help="TOML file, such as recipes/pipeline_tiny.toml")
     parser.add_argument("--list", action="store_true", help="show the stages, which are finished, and their commands")
     parser.add_argument("--until", metavar="NAME", help="stop after this stage")
     parser.epilog = "--run FOLDER and --vars.NAME VALUE replace what the file says."

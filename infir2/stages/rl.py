@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infir2.config import RewardSection, RlConfig, describe, load
+from infir2.config import RewardSection, RlConfig, load
 from infir2.errors import ConfigError
+from infir2.launch.recipe_arguments import add_recipe_arguments
 
 if TYPE_CHECKING:
     from infir2.data.chat import ChatTokenizer
@@ -23,21 +24,18 @@ if TYPE_CHECKING:
     from infir2.reward.score import Scorer
     from infir2.rl.loop import RlLoop
     from infir2.rollout.options import EngineOptions
-    from infir2.train.loop import Progress
+    from infir2.train.loop import TrainState
     from infir2.train.metrics import MetricsWriter
 
 ACCEPTS_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="TOML file, such as recipes/rl_tiny_stage1.toml")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, parameters and memory; stop")
-    parser.epilog = "recipe keys (override with --section.key value):\n" + "\n".join(
-        f"  --{key}  [{default}]\n      {text}" for key, default, text in describe(RlConfig)
-    )
+    add_recipe_arguments(parser, RlConfig, "rl_tiny_stage1.toml")
 
 
 def run(args: argparse.Namespace) -> int:
+    from infir2.launch.run_folder import exit_code
     from infir2.parallel.runtime import world
 
     config = load(RlConfig, args.recipe, args.overrides)
@@ -47,30 +45,29 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             print(plan(config, here))
             return 0
-        stopped = train_rl(config, here)
-    if stopped:
-        print(f"stopped on request; run the same command to resume {config.run}")
-        return 128 + stopped
-    return 0
+        return exit_code(train_rl(config, here), config, here)
 
 
 def plan(config: RlConfig, world: "World") -> str:
     """What the recipe would do, for people; nothing is written."""
-    from infir2.stages.dry_run import GIB, Workload, describe_run
-    from infir2.stages.sft import open_model
+    import torch
+
+    from infir2.launch.chat_model import open_model
+    from infir2.launch.dry_run import GIB, Workload, describe_run
+    from infir2.rollout.cache_size import bytes_per_token, stored_dtype
 
     chat, _, architecture = open_model(config)
     data = read_data(config, chat, make_scorer(config.reward), show_progress=True)
     train, rollout = config.train, config.rollout
     longest, _ = config.longest
     work = Workload(train.steps, train.steps * train.global_batch * longest, config.data.max_tokens_per_gpu)
-    width = 1 if rollout.cache_dtype == "fp8" else 2
-    heads = 2 * architecture.num_hidden_layers * architecture.num_key_value_heads * architecture.head_dim
+    shape = (architecture.num_hidden_layers, architecture.num_key_value_heads, architecture.head_dim)
+    token = bytes_per_token(*shape, stored_dtype(rollout.cache_dtype, getattr(torch, config.model.dtype)))
     return "\n".join(
         [
             describe_run(config, architecture, world.size, work),
             f"while it samples, the engine's cache of {rollout.cache_tokens:,} tokens: "
-            f"{rollout.cache_tokens * heads * width / GIB:.2f} GiB",
+            f"{rollout.cache_tokens * token / GIB:.2f} GiB",
             *_data_lines(config, data),
         ]
     )
@@ -81,10 +78,11 @@ def train_rl(config: RlConfig, world: "World") -> "signal.Signals | None":
     import torch
 
     from infir2.data.prompts import order_fingerprint
+    from infir2.launch.chat_model import open_model
+    from infir2.launch.run_folder import keep_tokenizer
+    from infir2.launch.training import StageData, run_training
     from infir2.model.attention import document_attention
     from infir2.rl.objective import PolicyObjective
-    from infir2.stages.sft import keep_tokenizer, open_model
-    from infir2.stages.training import StageData, run_training
 
     chat, tokenizer, architecture = open_model(config)
     scorer = make_scorer(config.reward)
@@ -106,7 +104,7 @@ def train_rl(config: RlConfig, world: "World") -> "signal.Signals | None":
         begin=wiring.begin,
         evaluate=lambda interrupted: wiring.loop.evaluate(wiring.progress.step, interrupted),
         summary={name: len(prompts) for name, prompts in zip(("prompts", "held_out"), data)},
-        write=lambda run: keep_tokenizer(tokenizer, chat.template, run / "tokenizer"),
+        write=lambda run: keep_tokenizer(tokenizer, run, chat.template),
     )
     try:
         return run_training(config, world, stage, architecture, Path(config.run) / "tokenizer")
@@ -118,7 +116,7 @@ class Wiring:
     """Puts the loop together once the model is there."""
 
     loop: "RlLoop"
-    progress: "Progress"
+    progress: "TrainState"
 
     def __init__(
         self,
@@ -133,7 +131,7 @@ class Wiring:
         self.config, self.architecture, self.chat, self.tokenizer = config, architecture, chat, tokenizer
         self.data, self.scorer, self.world = data, scorer, world
 
-    def begin(self, model: "CausalLM", progress: "Progress", metrics: "MetricsWriter") -> None:
+    def begin(self, model: "CausalLM", progress: "TrainState", metrics: "MetricsWriter") -> None:
         """Make engine, collector and loop; evaluate before the first step of a run."""
         import torch
 
@@ -174,14 +172,14 @@ def read_data(config: RlConfig, chat: "ChatTokenizer", scorer: "Scorer", show_pr
     from infir2.data.conversations import RowSource
     from infir2.data.documents import RowLedger
     from infir2.data.prompts import prompt_row, read_prompts
-    from infir2.stages.sft import progress_bar
+    from infir2.launch.progress import share_bar
 
     data = config.data
     names = {"data.train": data.train} | ({"data.validation": data.validation} if data.validation else {})
     found = []
     for key, name in names.items():
         ledger = RowLedger(data.max_bad_rows, "data.max_bad_rows")
-        with progress_bar(f"reading {key}", show_progress) as progress:
+        with share_bar(f"reading {key}", show_progress) as progress:
             source = RowSource(name, key, prompt_row)
             # A response without an answer is scored at once, but not before the label was looked at.
             check = lambda label: scorer.score_many([("", label)])  # noqa: E731
@@ -224,7 +222,7 @@ def reference_model(config: RlConfig, architecture: "ModelConfig", world: "World
     from infir2.checkpoint.state import model_state
     from infir2.checkpoint.store import CheckpointStore
     from infir2.fp8.convert import refresh_weights
-    from infir2.stages.training import build_model
+    from infir2.launch.training import build_model
 
     model, _ = build_model(config, architecture, world)
     if config.init.checkpoint is not None:

@@ -17,9 +17,8 @@ from pathlib import Path
 from rich.console import Console
 
 from infir2.errors import ConfigError
-from infir2.stages.inference import InferenceOptions, add_inference_arguments
-
-KEY_VARIABLE = "INFIR2_API_KEY"
+from infir2.evaluate.server import KEY_VARIABLE
+from infir2.launch.inference import InferenceOptions, add_inference_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,15 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from infir2.launch.inference import end_ids, load_engine, model_name
     from infir2.serve.app import Server, make_app
     from infir2.serve.engine_thread import EngineThread
     from infir2.serve.http import listen, serve, stop_at_end_of_input
-    from infir2.serve.limits import Limits
+    from infir2.serve.limits import ServerLimits
     from infir2.serve.prompts import ServedModel
-    from infir2.stages.inference import end_ids, load_engine, model_name
 
     console = Console(highlight=False, soft_wrap=True)
-    limits = Limits(
+    limits = ServerLimits(
         body_bytes=args.max_body_kib << 10,
         max_tokens=args.max_tokens,
         samples=args.max_samples,

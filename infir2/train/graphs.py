@@ -65,7 +65,7 @@ class Graphs:
             self.attach_zeros()
             begins = False
         elif not begins and not self._attached():
-            return work(batch, divisor)
+            return self._eagerly(work, batch, divisor)
         results = self._run("begins" if begins else "adds", work, batch, divisor)
         if begins and ("begins", *_shape(batch)) in self._recorded:
             self._gradients = [p.grad for p in self._parameters]
@@ -106,7 +106,8 @@ class Graphs:
         divisor = divisor.clone()
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as one that writes a checkpoint, may use the GPU meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream, capture_error_mode="thread_local"):
+        pool: Any = self._pool.id  # the handle that torch.cuda.graph asks for, under another type's name
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
             results = work(places, divisor)
         return _Recorded(graph, places, divisor, results)
 

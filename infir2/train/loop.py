@@ -1,7 +1,7 @@
 """The trainer loop: batches -> step -> metrics -> evaluation -> checkpoint, for every stage that trains.
 
 It knows no stage, no data format and no checkpoint format: the batches come from an iterator, evaluation and saving
-are callbacks. The only state it owns is ``Progress``.
+are callbacks. The only state it owns is ``TrainState``.
 """
 
 import signal
@@ -32,7 +32,7 @@ _HEALTH_TOKENS = 4096  # millions of elements of every operand: enough to look a
 
 
 @dataclass
-class Progress:
+class TrainState:
     """Where a run stands; saved in every checkpoint."""
 
     step: int = 0
@@ -58,7 +58,7 @@ class Callbacks:
     """Step (1-based) -> learning rate."""
     evaluate: Callable[[Callable[[], object]], Mapping[str, float]]
     """Held-out results now. Who takes long may ask the function that is given, and return nothing on a true answer."""
-    save: Callable[[Progress], None]
+    save: Callable[[TrainState], None]
     """Save a checkpoint of everything."""
     poll: Callable[[], None]
     """Raise if a save in the background failed."""
@@ -77,7 +77,7 @@ class Callbacks:
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
+    progress: TrainState,
     config: TrainSection,
     world: World,
     metrics: MetricsWriter,
@@ -155,14 +155,14 @@ def train(
     return stopped
 
 
-def _advance(progress: Progress, result: StepResult) -> None:
+def _advance(progress: TrainState, result: StepResult) -> None:
     progress.step += 1
     progress.tokens += result.valid_tokens
     progress.skipped += result.skipped
     progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
 
 
-def _check_skips(progress: Progress, result: StepResult, limit: int, last: bool) -> None:
+def _check_skips(progress: TrainState, result: StepResult, limit: int, last: bool) -> None:
     """Raise TrainingStopped after too many skipped steps in a row, and at the end of a run that skipped them all."""
     every = progress.skipped == progress.step
     if progress.skipped_in_a_row < limit and not (last and every):
@@ -189,7 +189,7 @@ class _Meter:
     def start(self) -> None:
         self.began = time.perf_counter()
 
-    def read(self, progress: Progress, result: StepResult, lr: float, more: Mapping[str, float]) -> dict[str, float]:
+    def read(self, progress: TrainState, result: StepResult, lr: float, more: Mapping[str, float]) -> dict[str, float]:
         seconds = time.perf_counter() - self.began
         values: dict[str, float] = {
             "loss": result.loss,

@@ -12,7 +12,7 @@ from pathlib import Path
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
-        *("infir2.cli", "infir2.stages.cpt", "infir2.stages.rl", "infir2.stages.training", "infir2.stages.dry_run"),
+        *("infir2.cli", "infir2.stages.cpt", "infir2.stages.rl", "infir2.launch.training", "infir2.launch.dry_run"),
         *("infir2.rl.loop", "infir2.rollout.engine", "infir2.data.chat", "transformers.tokenization_utils_tokenizers"),
     ]
 )

@@ -30,7 +30,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     is_worker = hasattr(session.config, "workerinput")  # under xdist only the controlling process writes
     if is_worker or not torch.cuda.is_available() or not _outcomes:
         return
-    from infir2.stages.environment import environment
+    from infir2.launch.environment import environment
 
     folder = Path(os.environ.get("INFIR2_RESULTS", Path(__file__).parents[2] / "bench/results"))
     record = {**environment(), "command": "make test-gpu", "tests": dict(_outcomes), "failed": _failed}

@@ -16,6 +16,7 @@ from infir2.kernels.norm import fork, norm_gradients, norm_quantize, rms_norm
 from infir2.kernels.rows import encode_rows, quantize_rows
 from infir2.kernels.swiglu import swiglu_backward_quantize, swiglu_quantize
 from infir2.kernels.transpose import transpose_codes, transpose_rows
+from infir2.kernels.turned_heads import turned_heads, turned_heads_gradient
 from infir2.model.attention import causal_attention
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
@@ -68,6 +69,36 @@ def test_transposed_row_codes_bit_for_bit(shape: tuple, granularity: str) -> Non
     rows = encode_rows(values(*shape), True)
     got = transpose_rows(*(part.cuda() for part in rows), granularity)
     assert_same(got, reference.transpose_rows(*rows, granularity))
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "heads", "kv_heads"), [(300, 64, 4, 2), (1000, 128, 12, 2), (7, 32, 8, 4)]
+)
+def test_turned_heads_bit_for_bit(
+    tokens: int, head_dim: int, heads: int, kv_heads: int, dtype: torch.dtype, biased: bool
+) -> None:
+    width = (heads + 2 * kv_heads) * head_dim
+    angles = torch.rand(tokens, head_dim // 2, generator=torch.Generator().manual_seed(0)) * 6
+    qkv, bias = torch.randn(tokens, width, generator=torch.Generator().manual_seed(1)), torch.randn(width)
+    arguments = [qkv.to(dtype), bias.to(dtype) if biased else None, angles.cos(), angles.sin()]
+    expected = turned_heads(*arguments, kv_heads)
+    got = turned_heads(*(None if part is None else part.cuda() for part in arguments), kv_heads)
+    assert all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(got, expected, strict=True))
+    for amax in (True, False):
+        grads = [values(tokens, part[0].numel(), dtype).view_as(part) for part in expected]
+        rows = tokens + -tokens % 128
+        theirs = turned_heads_gradient(*grads, *arguments[2:], rows, amax, biased)
+        ours = turned_heads_gradient(*(part.cuda() for part in (*grads, *arguments[2:])), rows, amax, biased)
+        assert_same(ours[:2], theirs[:2])
+        assert_same((ours[2].amax(0),), (theirs[2].amax(0),))
+        if biased:
+            finite = theirs[3][0].isfinite()
+            assert torch.equal(finite, ours[3].cpu().sum(0).isfinite())
+            largest = torch.cat([part.flatten(1).float().abs().nan_to_num(0.0, 0.0).amax(0) for part in grads])
+            error = (ours[3].cpu().sum(0) - theirs[3][0]).abs()[finite]
+            assert (error <= 1e-4 * largest.amax() * tokens**0.5).all()
 
 
 def test_transposed_codes_are_the_same_bytes() -> None:

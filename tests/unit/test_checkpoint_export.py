@@ -58,7 +58,7 @@ def test_tiles_change_nothing(shape: tuple[int, int], scale_format: str) -> None
 def test_the_exported_codes_are_those_of_the_trained_layers(
     recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from infir2.stages import training
+    from infir2.launch import training
 
     built: list[Any] = []
     build = training.build_model

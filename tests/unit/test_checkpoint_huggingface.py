@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infir2.checkpoint.huggingface import HfFolder, full_parameters, load_into, read_config, write_folder
-from infir2.errors import CheckpointError
+from infir2.errors import CheckpointError, DataError
 
 transformers = pytest.importorskip("transformers")
 
@@ -307,5 +307,5 @@ def test_tokenizer_and_extra_files(tmp_path: Path) -> None:
     assert (out / "README.md").read_text() == "hello"
     write(tmp_path / "one", qwen(True), tokenizer=source / "tokenizer.json")
     assert (tmp_path / "one" / "tokenizer.json").read_text() == "tokenizer.json"
-    with pytest.raises(CheckpointError, match="no tokenizer files"):
+    with pytest.raises(DataError, match="no tokenizer files"):
         write(tmp_path / "none", qwen(True), tokenizer=tmp_path / "nowhere")

@@ -52,6 +52,10 @@ def test_help_is_complete_and_needs_no_torch() -> None:
     assert listed.stdout.splitlines()[-1] == "[]"
 
 
+def test_stages_are_the_commands_and_nothing_else() -> None:
+    assert {path.stem for path in STAGES.glob("*.py")} - {"__init__"} == cli.COMMANDS.keys()
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_its_stage(name: str) -> None:
     tree = ast.parse((STAGES / f"{name}.py").read_text())

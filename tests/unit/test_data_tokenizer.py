@@ -80,6 +80,19 @@ def test_copy_takes_only_the_tokenizer(folder: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == sorted(p.name for p in folder.iterdir())
 
 
+def test_copy_completes_a_tokenizer_only_where_asked(folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "mine.json"
+    bare.write_bytes((folder / "tokenizer.json").read_bytes())
+    tok.copy_tokenizer(bare, tmp_path / "copy", complete=False)
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == ["tokenizer.json"]
+    tok.copy_tokenizer(bare, tmp_path / "copy")
+    assert (tmp_path / "copy" / "tokenizer_config.json").is_file()
+    assert not [path for path in (tmp_path / "copy").iterdir() if path.is_dir()]
+    with pytest.raises(DataError, match="no tokenizer files"):
+        tok.copy_tokenizer(tmp_path, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_truncation_in_a_tokenizer_file_is_ignored(folder: Path, tmp_path: Path) -> None:
     content = json.loads((folder / "tokenizer.json").read_text())
     content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import infir2
-from infir2.stages import doctor, environment
+from infir2.launch import environment
+from infir2.stages import doctor
 
 
 def test_json_is_one_object_and_agrees_with_the_machine(capsys: pytest.CaptureFixture[str]) -> None:

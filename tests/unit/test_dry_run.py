@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from infir2.config import CptConfig
+from infir2.launch.dry_run import GIB, Memory, estimate_memory
+from infir2.launch.kept_activations import kept_by_layers
+from infir2.launch.training import convert_as
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
-from infir2.stages.dry_run import GIB, Memory, estimate_memory
-from infir2.stages.kept_activations import kept_by_layers
-from infir2.stages.training import convert_as
 
 RESULTS = Path(__file__).parents[2] / "bench/results"
 

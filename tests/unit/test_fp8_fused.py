@@ -38,7 +38,7 @@ def build(recipe: str, fused: bool, keep: MlpActivations = "bf16", dtype: torch.
     assert report.fused == [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn", "mlp")]
     if not fused:
         for layer in model.model.layers:
-            layer.self_attn.fused_projections = layer.mlp.fused_mlp = None
+            layer.self_attn.fused_projections = layer.self_attn.fused_heads = layer.mlp.fused_mlp = None
             for module in layer.modules():
                 if isinstance(module, Fp8Linear):
                     module.group = None
@@ -261,6 +261,8 @@ def test_a_nan_stays_a_fault_in_the_transpose() -> None:
 def test_joined_biases_follow_their_parameters_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA graph may have recorded where they lie, as it may have the codes."""
     model = build("blockwise", fused=True)
+    for layer in model.model.layers:
+        layer.self_attn.fused_heads = None  # as where queries and keys are normalised
     group = model.model.layers[0].self_attn.fused_projections.group
     ids, positions = torch.arange(TOKENS)[None], torch.arange(TOKENS)[None]
 

@@ -13,7 +13,7 @@ import pytest
 from infir2.cli import main
 from infir2.config import load
 from infir2.errors import ConfigError
-from infir2.stages.pipeline_plan import PipelineConfig, Plan, make_plan
+from infir2.launch.pipeline_plan import PipelineConfig, Plan, make_plan
 
 CHAIN = """
 run = "chain"

@@ -10,8 +10,8 @@ from pydantic_core import PydanticUndefined
 
 from infir2.cli import Parser
 from infir2.config import CptConfig, RlConfig, SftConfig, TrainingConfig, load, parse, to_toml
+from infir2.launch.pipeline_plan import PipelineConfig, make_plan
 from infir2.model.presets import preset
-from infir2.stages.pipeline_plan import PipelineConfig, make_plan
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 STAGES: dict[str, type[TrainingConfig]] = {"cpt": CptConfig, "sft": SftConfig, "rl": RlConfig}

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from infir2.reward import sandbox as module
-from infir2.reward.code import CodeScorer, Problem, StdioCase, Verdict, judge, parse_problem
+from infir2.reward.code import CodeScorer, CodeTests, StdioCase, Verdict, judge, parse_problem
 from infir2.reward.sandbox import Limits, Sandbox, SandboxError, launch, sandbox_report, usable_cores
 
 LIMITS = Limits(wall_s=20, cpu_s=5, memory_mib=256, processes=8, file_mib=4, folder_mib=8, output_kib=256)
@@ -381,7 +381,7 @@ def test_no_descriptor_of_ours_is_open_inside(sandbox: Sandbox, canary: Path) ->
 
 
 # reward hacks: the verdict --------------------------------------------------------------------------------------------
-PROBLEM = Problem((StdioCase("2\n", "4\n"), StdioCase("3\n", "9\n")))
+PROBLEM = CodeTests((StdioCase("2\n", "4\n"), StdioCase("3\n", "9\n")))
 SQUARE = "n = int(input())\nprint(n * n)"
 
 
@@ -423,7 +423,7 @@ def test_expected_outputs_are_nowhere_to_be_found(sandbox: Sandbox, canary: Path
     run = sandbox.run_script(search, b"question")
     assert b"question" in run.stdout
     assert secret.encode() not in run.stdout
-    assert judge(search, Problem((StdioCase("question", secret),)), sandbox).outcome != "passed"
+    assert judge(search, CodeTests((StdioCase("question", secret),)), sandbox).outcome != "passed"
 
 
 def test_calls_cannot_be_hacked_either(sandbox: Sandbox) -> None:
@@ -500,9 +500,17 @@ def test_a_batch_is_scored_in_order(sandbox: Sandbox) -> None:
 
 # fails closed ---------------------------------------------------------------------------------------------------------
 CRIPPLED = """
-import logging, sys
+import errno, logging, os, sys
 from infir2.reward import confine
-confine.refuse_only({refused!r})
+# Refuse just this system call, as a machine would that lacks it.
+column, _ = confine._ARCHITECTURES[os.uname().machine]
+number = {{**confine._DANGEROUS, **confine._ACTING}}[{refused!r}][column]
+confine._install([
+    confine._op(confine._LOAD, confine._NUMBER_AT),
+    confine._op(confine._EQUAL, number, 0, 1),
+    confine._op(confine._RETURN, confine._REFUSE | errno.EPERM),
+    confine._op(confine._RETURN, confine._ALLOW),
+])
 from infir2.reward.sandbox import Sandbox, sandbox_report
 logging.basicConfig(stream=sys.stdout)
 print([layer.name for layer in sandbox_report() if not layer.works])

@@ -10,7 +10,7 @@ import pytest
 from infir2.errors import ConfigError, DataError
 from infir2.reward import code
 from infir2.reward.choice import AMBIGUOUS, ChoiceScorer, chosen_letter
-from infir2.reward.code import CallCase, Problem, StdioCase, extract_program, parse_problem, same_output
+from infir2.reward.code import CallCase, CodeTests, StdioCase, extract_program, parse_problem, same_output
 from infir2.reward.dispatch import reward_for
 from infir2.reward.math import MathScorer
 from infir2.reward.shaping import format_reward, overlong_penalty
@@ -200,10 +200,10 @@ def test_extract_program() -> None:
 
 
 def test_parse_problem() -> None:
-    both = Problem((StdioCase("1", "2"),))
+    both = CodeTests((StdioCase("1", "2"),))
     assert parse_problem('{"inputs": ["1"], "outputs": ["2"]}') == both
     assert parse_problem([{"input": "1", "output": "2", "testtype": "stdin"}]) == both
-    calls = Problem((CallCase(([1, 2], "a"), 3),), "f")
+    calls = CodeTests((CallCase(([1, 2], "a"), 3),), "f")
     assert parse_problem({"inputs": [[[1, 2], "a"]], "outputs": [3], "fn_name": "f"}) == calls
     rows = [{"input": '[1, 2]\n"a"', "output": "3", "testtype": "functional"}]
     assert parse_problem({"tests": rows, "fn_name": "f"}) == calls

@@ -29,6 +29,7 @@ from infir2.fp8.recipe import recipe_named
 from infir2.kernels import quantize
 from infir2.model.attention import causal_attention
 from infir2.model.transformer import CausalLM
+from infir2.rollout.cache_size import bytes_per_token, stored_dtype
 from infir2.rollout.engine import Engine
 from infir2.rollout.interface import RolloutEngine
 from infir2.rollout.options import EngineOptions
@@ -177,6 +178,14 @@ def test_sleep_frees_the_cache_and_nothing_is_lost(model: CausalLM) -> None:
             assert engine.stats().cache_bytes == size
         found |= {e.completion.request_id: e.completion for e in engine.step() if e.completion}
     assert_same([found[request_id] for request_id in ids], expected)
+
+
+@pytest.mark.parametrize("cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_size_foretold_for_a_token_is_what_the_cache_takes(cache_dtype: str, dtype: torch.dtype) -> None:
+    model, options = make_model(dtype=dtype), EngineOptions(cache_tokens=1024, block_size=16, cache_dtype=cache_dtype)
+    token = bytes_per_token(2, 2, 16, stored_dtype(cache_dtype, dtype))
+    assert Engine(model, options=options).stats().cache_bytes == (1024 + 16) * token  # and a spare block
 
 
 @pytest.mark.parametrize("recipe", ["blockwise", "rowwise"])

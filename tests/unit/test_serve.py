@@ -15,16 +15,16 @@ from rich.console import Console
 from starlette.websockets import WebSocketDisconnect
 
 from infir2.errors import ConfigError
+from infir2.launch.inference import InferenceOptions, load_engine
 from infir2.rollout.engine import Engine
 from infir2.rollout.records import Request, SamplingParams, TokenEvent
 from infir2.serve.app import Server, make_app
 from infir2.serve.engine_thread import EngineThread
 from infir2.serve.errors import ApiError
-from infir2.serve.limits import Limits
+from infir2.serve.limits import ServerLimits
 from infir2.serve.prompts import ServedModel
 from infir2.serve.protocol import ChatRequest, CompletionRequest, parse
 from infir2.serve.text import PieceStream
-from infir2.stages.inference import InferenceOptions, load_engine
 from infir2.stages.serve import api_key
 
 KEY = {"Authorization": "Bearer secret"}
@@ -39,14 +39,14 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return made
 
 
-def make_server(engine: Engine, limits: Limits) -> Server:
+def make_server(engine: Engine, limits: ServerLimits) -> Server:
     served = ServedModel.of(engine, "small", engine.tokenizer)
     return Server(EngineThread(engine, limits.pending), served, limits)
 
 
 @pytest.fixture
 def client(engine: Engine) -> Iterator[TestClient]:
-    limits = Limits(pending=8, max_tokens=64, body_seconds=0.2)
+    limits = ServerLimits(pending=8, max_tokens=64, body_seconds=0.2)
     with TestClient(make_app(make_server(engine, limits), "secret"), raise_server_exceptions=False) as made:
         yield made
 
@@ -120,7 +120,7 @@ def test_limits(client: TestClient) -> None:
     assert (long.status_code, long.json()["error"]["param"]) == (400, "max_tokens")
     assert ask(client, max_completion_tokens=9, max_tokens=None).json()["usage"]["completion_tokens"] <= 9
     with pytest.raises(ConfigError, match="pending: 0"):
-        Limits(pending=0)
+        ServerLimits(pending=0)
 
 
 def test_a_body_that_never_ends_is_given_up(client: TestClient) -> None:

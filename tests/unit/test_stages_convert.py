@@ -18,10 +18,10 @@ from torch import Tensor
 
 from infir2.checkpoint import manifest
 from infir2.checkpoint.huggingface import HfFolder
-from infir2.checkpoint.model_source import open_source
+from infir2.checkpoint.model_source import open_model_source
 from infir2.cli import main
+from infir2.launch.model_card import model_card
 from infir2.stages.convert import Options, convert_model, plan
-from infir2.stages.model_card import model_card
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2 tied": {},
@@ -80,7 +80,7 @@ def test_hf_to_checkpoint_and_back(tmp_path: Path, family: str, capsys: pytest.C
     assert main(["convert", str(tmp_path / "as-fp32"), str(tmp_path / "bare")]) == 0
     said = f"note: {tmp_path}/as-fp32 has no tokenizer, so {tmp_path}/bare gets none; --tokenizer names one"
     assert said in capsys.readouterr().out
-    ours, theirs = (open_source(str(tmp_path / name)) for name in ("back", "hf"))
+    ours, theirs = (open_model_source(str(tmp_path / name)) for name in ("back", "hf"))
     assert ours.architecture == theirs.architecture
     for name in CARRIED:
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
@@ -137,7 +137,7 @@ def test_a_run(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     path, run = recipe(**{"train.steps": 2, "optim.decay_steps": 0, "train.eval_every": 0})
     assert main(["cpt", str(path)]) == 0
     assert main(["convert", str(run), str(tmp_path / "hf")]) == 0
-    source = open_source(str(run))
+    source = open_model_source(str(run))
     assert source.path == run / "checkpoints/step-000002"
     stored = weights(tmp_path / "hf")
     assert stored.keys() == source.names.keys()
@@ -170,7 +170,7 @@ def test_a_run(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_the_export_follows_the_run(
     start_model: Path, fp8: dict[str, Any], chosen: Any, scale_format: str, fidelity: str
 ) -> None:
-    source = dataclasses.replace(open_source(str(start_model)), kind="dcp", meta={"config": {"fp8": fp8}})
+    source = dataclasses.replace(open_model_source(str(start_model)), kind="dcp", meta={"config": {"fp8": fp8}})
     export = plan(source, Options(scale_format=chosen))
     assert export.scale_format == scale_format
     assert fidelity in model_card(source, export)["README.md"]
@@ -343,4 +343,4 @@ def test_peak_memory_is_a_few_tensors(tmp_path: Path) -> None:
     assert_same(weights(tmp_path / "back"), weights(source))
     values, rounded = weights(tmp_path / "bf16"), weights(source)
     assert values.keys() == rounded.keys()
-    assert open_source(str(tmp_path / "back")).architecture == dataclasses.replace(ARCHITECTURE, **shape)
+    assert open_model_source(str(tmp_path / "back")).architecture == dataclasses.replace(ARCHITECTURE, **shape)

@@ -19,15 +19,17 @@ from infir2.data.dataset import SPLITS, Dataset
 from infir2.data.loader import TokenLoader
 from infir2.data.megatron import TokenWriter
 from infir2.data.order import in_validation
+from infir2.data.prepare import prepare
 from infir2.errors import DataError
-from infir2.stages.prepare import STDLIB_EXCLUDE, add_arguments, prepare, run, stdlib_source
+from infir2.stages.demo import corpus
+from infir2.stages.prepare import add_arguments, run
 
 SMALL = {"vocab_size": 500, "max_bad_rows": "100%"}
 
 
 def texts_of(dataset: Dataset) -> dict[str, list[str]]:
     """Every document of every split, decoded; checks the end-of-document token on the way."""
-    tokenizer = AutoTokenizer.from_pretrained(dataset.tokenizer_path)
+    tokenizer = AutoTokenizer.from_pretrained(dataset.folder / "tokenizer")
     found: dict[str, list[str]] = {}
     for split in SPLITS:
         found[split] = []
@@ -294,8 +296,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_standard_library_is_a_corpus(tmp_path: Path) -> None:
-    options = {"extensions": (".py",), "exclude": STDLIB_EXCLUDE, "vocab_size": 512, "max_bytes": 300_000}
-    dataset = prepare([stdlib_source()], tmp_path / "out", **options)
+    chosen = {"extensions": (".py",), "exclude": ("*-packages", "test", "tests")}
+    dataset = prepare([corpus("tiny")], tmp_path / "out", **chosen, vocab_size=512, max_bytes=300_000)
     assert dataset.num_documents("train") > 5
     assert 300_000 <= dataset.record.sources[0].text_bytes < 800_000
 

@@ -204,6 +204,16 @@ def test_dry_run_reads_the_prompts_and_writes_nothing(recipe: Recipe, capsys: py
     assert not run.exists()
 
 
+def test_dry_run_foretells_the_cache_in_the_models_dtype(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    policy, tokens = small_rl.POLICY, 1 << 20
+    shape = (policy.num_hidden_layers, policy.num_key_value_heads, policy.head_dim)
+    for dtype, size in (("float32", 4 * shape[2]), ("bfloat16", 2 * shape[2])):
+        path, _ = recipe(**{"rollout.cache_tokens": tokens, "model.dtype": dtype})
+        assert rl(path, "--dry-run") == 0
+        expected = 2 * shape[0] * shape[1] * size * tokens / 2**30
+        assert f"engine's cache of {tokens:,} tokens: {expected:.2f} GiB" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

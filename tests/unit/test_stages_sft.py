@@ -18,9 +18,9 @@ from infir2.checkpoint.store import CheckpointStore, peek_meta
 from infir2.config import SftConfig, load
 from infir2.data import tokenizer as tok
 from infir2.data.sft import SftLoader
+from infir2.launch.chat_model import open_model
+from infir2.launch.training import build_model
 from infir2.parallel.runtime import World
-from infir2.stages.sft import open_model
-from infir2.stages.training import build_model
 
 Recipe = Callable[..., tuple[Path, Path]]
 WORLD = World(0, 1, torch.device("cpu"), None)
@@ -148,7 +148,9 @@ def test_resume_in_the_middle_of_an_epoch(recipe: Recipe, monkeypatch: pytest.Mo
         patch.setattr(SftLoader, "step", dying)
         assert sft(path) == 130
         patch.undo()
-        patch.setattr("infir2.stages.sft.tokenize", lambda *args, **options: pytest.fail("rows are kept for a resume"))
+        patch.setattr(
+            "infir2.launch.sft_rows.tokenize", lambda *args, **options: pytest.fail("rows are kept for a resume")
+        )
         assert sft(path) == 0
     assert loss_bits(run) == loss_bits(expected)
     resumes = [line["step"] for line in metrics_lines(run, "event") if line["event"] == "resume"]

@@ -18,7 +18,7 @@ from infir2.data.packing import pack
 from infir2.errors import TrainingStopped, UserError
 from infir2.model.transformer import CausalLM
 from infir2.train import step as step_module
-from infir2.train.loop import Callbacks, Progress, train
+from infir2.train.loop import Callbacks, TrainState, train
 from infir2.train.metrics import MetricsWriter, read_metrics
 from infir2.train.peak import peak_tflops
 from infir2.train.step import evaluate
@@ -33,7 +33,7 @@ class Run:
     ):
         self.model = build("blockwise")
         self.optimizer = adam(self.model)
-        self.progress = Progress()
+        self.progress = TrainState()
         self.saved: list[dict[str, int]] = []
         self.finished: list[Any] = []
         self.folder, self.at_step = folder, at_step
@@ -73,7 +73,7 @@ def test_the_loop_saves_evaluates_and_counts(tmp_path: Path) -> None:
     lines = run.lines("train")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["lr"] for line in lines] == [1e-3 / n for n in range(1, 7)]
-    assert run.progress == Progress(6, sum(line["valid_tokens"] for line in lines), 0, 0)
+    assert run.progress == TrainState(6, sum(line["valid_tokens"] for line in lines), 0, 0)
     assert lines[-1]["tokens"] == run.progress.tokens
 
 

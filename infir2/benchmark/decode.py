@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 
+from infir2.benchmark.step import fresh_memory, kernel_profile, randomise
 from infir2.errors import UserError
 from infir2.fp8.convert import convert, refresh_weights
 from infir2.fp8.linear import Fp8Linear
@@ -16,7 +17,6 @@ from infir2.model.transformer import CausalLM
 from infir2.rollout.engine import Engine
 from infir2.rollout.options import EngineOptions
 from infir2.rollout.records import Request, SamplingParams
-from infir2.stages.bench_step import fresh_memory, kernel_profile, randomise
 
 WARM_UP = 24  # new tokens of a first, untimed generation: kernels are compiled and graphs recorded
 

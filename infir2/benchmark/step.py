@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from infir2.benchmark.peers import apply_torchao, transformers_model
 from infir2.config import OptimSection
 from infir2.fp8.convert import convert, refresh_weights
 from infir2.fp8.fused import MlpActivations
@@ -26,7 +27,6 @@ from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
 from infir2.parallel.apply import parallelize
 from infir2.parallel.runtime import World, world
-from infir2.stages.bench_peers import apply_torchao, transformers_model
 from infir2.train.collection import collecting_between_steps
 from infir2.train.optimizer import build_optimizer
 

@@ -11,7 +11,7 @@ from infir2.data.dataset import ShardFile
 from infir2.data.tokenizer import clash, has_tokenizer
 from infir2.durable import replace_file
 from infir2.errors import DataError
-from infir2.stages.byte_progress import byte_progress
+from infir2.launch.progress import by_pieces, bytes_bar
 
 if TYPE_CHECKING:
     from infir2.parallel.runtime import World
@@ -75,14 +75,8 @@ def check_same_ids(model: Path, chosen: Path) -> None:
 
 
 def _verify(files: Sequence[ShardFile], quiet: bool) -> dict[str, str]:
-    total, done = sum(file.size for file in files), 0
-    with byte_progress(Console(quiet=quiet), "verifying data") as report:
-
-        def advance(size: int) -> None:
-            nonlocal done
-            done += size
-            report(done, total)
-
+    with bytes_bar(Console(quiet=quiet), "verifying data") as report:
+        advance = by_pieces(report, sum(file.size for file in files))
         for file in files:
             file.check_hash(advance)
     return {str(file.path): _facts(file) for file in files if file.path.suffix == ".bin"}

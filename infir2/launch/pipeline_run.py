@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from infir2.durable import unused_name
-from infir2.stages.pipeline_plan import Plan, Step, outputs
+from infir2.launch.pipeline_plan import Plan, Step, outputs
 
 # These go on where they stopped when they are run again; what others had begun is put aside.
 _RESUME = ("cpt", "sft", "rl", "compare", "eval")

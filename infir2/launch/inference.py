@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from infir2.errors import ConfigError, DataError
-from infir2.stages.byte_progress import byte_progress
+from infir2.launch.progress import bytes_bar
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from infir2.checkpoint.model_source import ModelSource
     from infir2.fp8.convert import SwapReport
-    from infir2.model.config import ModelConfig
     from infir2.model.transformer import CausalLM
     from infir2.rollout.engine import Engine
 
@@ -128,7 +127,7 @@ def load_model(
     parameters = dict(model.named_parameters())
     total = sum(parameter.nbytes for parameter in parameters.values())
     done = 0
-    with byte_progress(console, "loading") as progress, torch.no_grad():
+    with bytes_bar(console, "loading") as progress, torch.no_grad():
         for parameter_name, stored in source.names.items():
             target = parameters[parameter_name]
             target.copy_(source.tensors.tensor(stored))
@@ -142,16 +141,9 @@ def load_model(
 def fp8_of(source: "ModelSource", precision: str) -> tuple[str, str, dict[str, str]]:
     """(recipe, scale format, layers to keep -> why): of training, of the FP8 folder, or what ``precision`` asks for."""
     from infir2.checkpoint.huggingface import read_config
-    from infir2.fp8.convert import keep_outer_layers
 
-    recipe, scale_format, keep = "bf16", "ue8m0", {}
-    if source.kind == "dcp":
-        trained = (source.meta.get("config") or {}).get("fp8") or {}
-        recipe = trained.get("recipe", recipe)
-        scale_format = trained.get("scale_format", scale_format)
-        first, last = trained.get("bf16_first_layers", 0), trained.get("bf16_last_layers", 0)
-        keep = keep_outer_layers(source.architecture.num_hidden_layers, first, last)
-    elif source.kind == "fp8":
+    recipe, scale_format, keep = source.trained_fp8()
+    if source.kind == "fp8":
         stored: dict[str, Any] = read_config(source.path)["quantization_config"]
         recipe = "blockwise"
         scale_format = "ue8m0" if stored.get("scale_fmt") == "ue8m0" else "fp32"
@@ -178,10 +170,10 @@ def model_name(text: str) -> str:
 def _open(text: str) -> "ModelSource":
     import torch
 
-    from infir2.checkpoint.model_source import open_source
+    from infir2.checkpoint.model_source import open_model_source
 
     # Scales that are not powers of two make values that bfloat16 would round; float32 holds all of them.
-    return open_source(text, torch.float32)
+    return open_model_source(text, torch.float32)
 
 
 def _compute_dtype(source: "ModelSource", options: InferenceOptions) -> "torch.dtype":
@@ -196,16 +188,14 @@ def _compute_dtype(source: "ModelSource", options: InferenceOptions) -> "torch.d
 def _default_cache_tokens(model: "CausalLM", options: InferenceOptions, device: "torch.device") -> int:
     import torch
 
+    from infir2.rollout.cache_size import bytes_per_token, stored_dtype
+
     if device.type != "cuda":
         return CPU_CACHE_TOKENS
     free, _ = torch.cuda.mem_get_info(device)
-    tokens = int(free * _CACHE_SHARE / _cache_bytes_per_token(model.config, options, model.model.compute_dtype))
+    config, dtype = model.config, stored_dtype(options.cache_dtype, model.model.compute_dtype)
+    token = bytes_per_token(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, dtype)
+    tokens = int(free * _CACHE_SHARE / token)
     if tokens < 1024:
         raise ConfigError(f"the weights leave room for a cache of {tokens} tokens only; this GPU is too small for them")
     return tokens
-
-
-def _cache_bytes_per_token(config: "ModelConfig", options: InferenceOptions, dtype: "torch.dtype") -> int:
-    """Keys and values of all layers; an FP8 cache has a float32 scale a head."""
-    element = config.head_dim * dtype.itemsize if options.cache_dtype == "auto" else config.head_dim + 4
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * element

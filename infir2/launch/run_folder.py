@@ -12,8 +12,8 @@ from infir2.data.tokenizer import copy_tokenizer
 from infir2.durable import replace_file, unused_name
 from infir2.errors import UserError
 from infir2.fp8.convert import SwapReport
+from infir2.launch.environment import environment
 from infir2.parallel.runtime import World
-from infir2.stages.environment import environment
 
 
 @contextmanager
@@ -52,14 +52,17 @@ def exit_code(stopped: signal.Signals | None, config: TrainingConfig, world: Wor
     return 128 + stopped
 
 
-def keep_tokenizer(source: Path | None, run: Path) -> None:
-    """Copy the tokenizer that a model is trained with to run/tokenizer, where its checkpoints name it."""
+def keep_tokenizer(source: Path | None, run: Path, template: str | None = None) -> None:
+    """Copy the tokenizer that a model is trained with to run/tokenizer, where its checkpoints name it, and write the
+    chat template there."""
     folder = run / "tokenizer"
     if source is not None and source.resolve() != folder.resolve():
         copy_tokenizer(source, folder)
+    if template is not None:
+        replace_file(folder / "chat_template.jinja", template.encode())
 
 
-def describe(config: TrainingConfig, run: Path, report: SwapReport, world: World) -> None:
+def write_run_record(config: TrainingConfig, run: Path, report: SwapReport, world: World) -> None:
     """Write config.toml and run.json: what is run, by which command, on what.
 
     An earlier config.toml that says something else is kept as config.1.toml, config.2.toml, ...

@@ -11,13 +11,13 @@ from rich.console import Console
 
 from infir2 import cli
 from infir2.checkpoint.fp8_format import quantize_weight
-from infir2.checkpoint.model_source import open_source
+from infir2.checkpoint.model_source import open_model_source
 from infir2.errors import DataError
 from infir2.fp8.linear import Fp8Linear
+from infir2.launch.inference import InferenceOptions, end_ids, load_engine, model_name
 from infir2.rollout.engine import Engine
 from infir2.rollout.records import Request, SamplingParams
 from infir2.stages.convert import Options, convert_model
-from infir2.stages.inference import InferenceOptions, end_ids, load_engine, model_name
 
 QUIET = Console(quiet=True)
 SMALL: dict[str, Any] = {"cache_tokens": 2048}
@@ -45,7 +45,7 @@ def test_a_plain_folder_runs_in_bf16_or_quantised_on_request(hf: Path) -> None:
     plain = load(hf)
     assert not fp8_layers(plain)
     assert {parameter.dtype for parameter in plain.model.parameters()} == {torch.bfloat16}
-    rounded = open_source(str(hf), torch.float32).tensors.tensor("model.norm.weight").bfloat16()
+    rounded = open_model_source(str(hf), torch.float32).tensors.tensor("model.norm.weight").bfloat16()
     assert torch.equal(plain.model.model.norm.weight, rounded)
     assert load(hf, dtype="float32").model.model.compute_dtype == torch.float32
     assert len(fp8_layers(load(hf, precision="blockwise"))) == 14
@@ -54,7 +54,7 @@ def test_a_plain_folder_runs_in_bf16_or_quantised_on_request(hf: Path) -> None:
 @pytest.mark.parametrize("scale_format", ["ue8m0", "fp32"])
 def test_an_fp8_folder_runs_with_the_values_that_it_stores(hf: Path, tmp_path: Path, scale_format: str) -> None:
     convert_model(str(hf), tmp_path / "fp8", "fp8", Options(scale_format=scale_format))
-    stored = open_source(str(tmp_path / "fp8"), torch.float32)
+    stored = open_model_source(str(tmp_path / "fp8"), torch.float32)
     engine = load(tmp_path / "fp8")
     layers = fp8_layers(engine)
     assert len(layers) == 14
@@ -80,7 +80,7 @@ def test_a_run_is_served_in_the_precision_it_trained_in(hf: Path, recipe: Callab
     engine = load(run, tokenizer=hf)
     layers = fp8_layers(engine)
     assert {name.split(".")[2] for name in layers} == {"1"}
-    source = open_source(str(run))
+    source = open_model_source(str(run))
     for name, layer in layers.items():
         assert layer.recipe.name == "hybrid"
         expected = quantize_weight(source.tensors.tensor(f"{name}.weight"), "ue8m0")
@@ -91,7 +91,7 @@ def test_a_run_is_served_in_the_precision_it_trained_in(hf: Path, recipe: Callab
 
 
 def test_generation_config_adds_end_tokens(hf: Path) -> None:
-    source = open_source(str(hf))
+    source = open_model_source(str(hf))
     source.texts["generation_config.json"] = '{"eos_token_id": [5, 7]}'
     assert end_ids(source) == (5, 7)
     source.texts["generation_config.json"] = '{"eos_token_id": 5}'

@@ -28,7 +28,7 @@ def _lines(source: "ModelSource", meta: Mapping[str, Any], export: "Fp8Export | 
     config, progress = meta["config"], meta.get("progress") or {}
     name = Path(config.get("run", source.path)).name
     run = _run_record(source.path)
-    fp8 = config.get("fp8") or {}
+    recipe, scale_format, _ = source.trained_fp8()
     yield from (f"# {name}", "")
     yield f"A {source.architecture.model_type} model of {source.architecture.num_parameters():,} parameters, trained"
     yield f"with infir2 {infir2.__version__}: {progress.get('step', 0):,} steps, {progress.get('tokens', 0):,} tokens."
@@ -41,11 +41,11 @@ def _lines(source: "ModelSource", meta: Mapping[str, Any], export: "Fp8Export | 
         yield f"- Source revision: {run.get('commit') or 'unknown'}"
     yield f"- Converted by: `{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`"
     yield from ("", "## Numbers", "")
-    yield f"- Training: recipe `{fp8.get('recipe', 'bf16')}`, scales `{fp8.get('scale_format', 'ue8m0')}`"
+    yield f"- Training: recipe `{recipe}`, scales `{scale_format}`"
     yield f"- This folder: {_stored(export)}"
     if export is not None:
         yield from (f"- bfloat16: `{layer}` ({why})" for layer, why in export.skipped.items())
-        yield f"- {_fidelity(fp8, export)}"
+        yield f"- {_fidelity(recipe, scale_format, export)}"
     yield from ("", "## Data", "", "```json", json.dumps(meta.get("data"), indent=1), "```")
     yield from ("", "## Recipe", "", "```json", json.dumps(config, indent=1), "```")
 
@@ -59,12 +59,12 @@ def _stored(export: "Fp8Export | None") -> str:
     )
 
 
-def _fidelity(fp8: Mapping[str, Any], export: "Fp8Export") -> str:
+def _fidelity(recipe: str, scale_format: str, export: "Fp8Export") -> str:
     """Whether the codes are those of the trainer, and if not, why."""
-    if fp8.get("recipe") not in ("blockwise", "hybrid"):
-        return f"Codes are quantised after training: `{fp8.get('recipe', 'bf16')}` does not use 128 x 128 block scales."
-    if fp8.get("scale_format") != export.scale_format:
-        return f"Codes differ from the trainer's, whose scales were {fp8.get('scale_format')}."
+    if recipe not in ("blockwise", "hybrid"):
+        return f"Codes are quantised after training: `{recipe}` does not use 128 x 128 block scales."
+    if scale_format != export.scale_format:
+        return f"Codes differ from the trainer's, whose scales were {scale_format}."
     if any(reason.startswith("fused with") for reason in export.skipped.values()):
         return "Codes are the trainer's own, but the layers named as fused ran in FP8 in training."
     return "Codes and scales are the very ones that the trainer's next forward pass would use."

@@ -1,4 +1,4 @@
-"""What compiled layers keep for the backward pass is what the recipe says, and no more."""
+"""Compiled layers: in one piece at any shape, and keeping for the backward pass what the recipe says, and no more."""
 
 import dataclasses
 from typing import Any
@@ -40,3 +40,16 @@ def test_gate_and_up_are_kept_as_asked(keep: str, dtypes: set[torch.dtype]) -> N
     inner = preset("tiny", 256).intermediate_size
     wide = [t for t in kept("blockwise", keep) if t.numel() >= TOKENS * inner and t.shape[0] == TOKENS]
     assert {t.dtype for t in wide} == dtypes
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "blockwise", "hybrid"])
+def test_a_layer_is_compiled_in_one_piece_at_any_shape(recipe: str) -> None:
+    torch._dynamo.reset()
+    model = CausalLM(dataclasses.replace(preset("tiny", 256), num_hidden_layers=1), torch.float32)
+    model.init_weights(3)
+    convert(model, recipe_named(recipe))
+    refresh_weights(model)
+    model.model.layers[0].compile(backend="aot_eager", fullgraph=True)
+    for rows, length in ((1, 256), (2, 128), (3, 64), (2, 100)):
+        ids = torch.randint(0, 256, (rows, length))
+        model(ids, torch.arange(length).expand(rows, -1), causal_attention).sum().backward()

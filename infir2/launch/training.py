@@ -19,15 +19,15 @@ from infir2.errors import CheckpointError, ConfigError
 from infir2.fp8.convert import SwapReport, convert, keep_outer_layers, refresh_weights
 from infir2.fp8.recipe import recipe_named
 from infir2.kernels.matmul import unsupported_reason
+from infir2.launch.resume import changes_on_resume
+from infir2.launch.run_folder import locked, write_run_record, writing
 from infir2.model.config import ModelConfig, from_hf
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
 from infir2.parallel.apply import fill, parallelize
 from infir2.parallel.runtime import World
-from infir2.stages.resume import changes_on_resume
-from infir2.stages.run_folder import describe, locked, writing
 from infir2.train.graphs import Graphs, can_record
-from infir2.train.loop import Callbacks, Progress, train
+from infir2.train.loop import Callbacks, TrainState, train
 from infir2.train.metrics import MetricsWriter
 from infir2.train.optimizer import build_optimizer
 from infir2.train.schedule import learning_rate
@@ -65,7 +65,7 @@ class StageData:
     objective: Objective = cross_entropy
     together: int = 1
     """Steps between two of which nothing can be saved (see Callbacks)."""
-    begin: Callable[[CausalLM, Progress, MetricsWriter], None] = lambda model, progress, metrics: None
+    begin: Callable[[CausalLM, TrainState, MetricsWriter], None] = lambda model, progress, metrics: None
     """Called once before the first step, when the model has the weights that training starts from."""
     evaluate: Callable[[Callable[[], object]], Mapping[str, float]] | None = None
     """Held-out results now (see Callbacks); None: the loss on ``held_out``."""
@@ -164,7 +164,7 @@ def run_training(
             refresh_weights(model)  # the codes of the first forward pass
             if world.is_main:
                 with writing(run):
-                    describe(config, run, report, world)
+                    write_run_record(config, run, report, world)
                     data.write(run)
                 print(report)
             with _open_metrics(config, world, start, data) as metrics:
@@ -243,7 +243,7 @@ class _Saver:
     facts: dict[str, Any]
     """What meta.json holds beside the progress: the same over the whole run."""
 
-    def save(self, at: Progress) -> None:
+    def save(self, at: TrainState) -> None:
         tensors = {"model": model_state(self.model), "optim": optimizer_state(self.model, self.optimizer)}
         self.store.save(at.step, tensors, {"progress": at.to_json(), **self.facts})
 
@@ -262,7 +262,7 @@ class _Saver:
 class _Start:
     """Where training starts from."""
 
-    progress: Progress
+    progress: TrainState
     data_offset: int
     events: list[tuple[str, dict[str, Any]]]
 
@@ -290,9 +290,9 @@ def _restore(
         store.load(newest, state, cast=("optim",))  # moments: optim.moments may have changed
         events.append(("resume", {"from": str(newest)}))
         events += [("recipe_changed", {"change": change}) for change in changes]
-        return _Start(Progress(**meta["progress"]), meta["data_offset"], events)
+        return _Start(TrainState(**meta["progress"]), meta["data_offset"], events)
     if config.init.checkpoint is None:
-        return _Start(Progress(), 0, events)
+        return _Start(TrainState(), 0, events)
     source = store.find(config.init.checkpoint)
     wanted = state if config.init.keep_optimizer else {"model": state["model"]}
     _check_architecture(source, read_meta(source), architecture, "Name another, or leave out the model section")
@@ -300,7 +300,7 @@ def _restore(
     same_data = data.continues and meta["data"]["sha256"] == data.fingerprint["sha256"]
     seen = meta["data_offset"] + meta["progress"]["step"] * meta["global_batch"]
     events.append(("init", {"from": str(source), "data": "continued" if same_data else "from its beginning"}))
-    return _Start(Progress(), seen if same_data else 0, events)
+    return _Start(TrainState(), seen if same_data else 0, events)
 
 
 def _check_architecture(path: Path, meta: Mapping[str, Any], architecture: ModelConfig, cure: str) -> None:

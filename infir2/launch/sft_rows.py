@@ -1,0 +1,117 @@
+"""The tokenised rows of a fine-tuning run: made once, kept in its folder, opened by every process."""
+
+import hashlib
+import json
+import shutil
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infir2.checkpoint.ranks import Ranks
+from infir2.config import ChatDataSection, SftConfig
+from infir2.data.chat import ChatTokenizer
+from infir2.data.conversations import ConversationSource
+from infir2.data.documents import RowLedger
+from infir2.data.order import held_out_rows
+from infir2.data.sft import RowCounts, TokenRows, tokenize_rows
+from infir2.errors import DataError
+from infir2.launch.progress import share_bar
+
+_ROWS_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SftRows:
+    """The tokenised rows of a recipe."""
+
+    train: TokenRows
+    validation: TokenRows
+    counts: dict[str, RowCounts]
+    """Source (train, validation) -> what became of its rows."""
+    sha256: str
+    """Of the train rows."""
+
+
+def tokenize(config: SftConfig, chat: ChatTokenizer, show_progress: bool) -> SftRows:
+    """Read, tokenise and mask the recipe's conversations."""
+    data = config.data
+
+    def read(name: str, key: str) -> Any:
+        ledger = RowLedger(data.max_bad_rows, "data.max_bad_rows")
+        with share_bar(f"tokenising {key}", show_progress) as progress:
+            source = ConversationSource(name, key)
+            return tokenize_rows(source, chat, data.max_length, data.too_long, ledger, progress)
+
+    train, origins, counted = read(data.train, "data.train")
+    counts = {"train": counted}
+    if data.validation is not None:
+        validation, _, counts["validation"] = read(data.validation, "data.validation")
+    else:
+        rows = np.unique(origins)
+        chosen = rows[held_out_rows(len(rows), config.train.seed, data.validation_fraction)]
+        held_out = np.isin(origins, chosen)
+        validation = train.select(np.flatnonzero(held_out))
+        if held_out.any():
+            train = train.select(np.flatnonzero(~held_out))
+    return SftRows(train, validation, counts, train.sha256())
+
+
+def tokenize_once(config: SftConfig, chat: ChatTokenizer) -> SftRows:
+    """``tokenize`` on rank 0, kept under run/rows for the other ranks and for a resume, and opened on all ranks."""
+    folder = Path(config.run) / "rows"
+    key = _rows_key(config.data, config.train.seed, chat)
+
+    def make() -> None:
+        if _open_rows(folder, key) is None:
+            _save_rows(tokenize(config, chat, show_progress=True), folder, key)
+
+    ranks = Ranks()
+    ranks.lead(make)
+    opened = ranks.each(lambda: _open_rows(folder, key) is not None)
+    rows = _open_rows(folder, key)
+    if rows is None or not all(opened):
+        raise DataError(f"{folder}: was written by rank 0, but not every process can read it; the run must be shared")
+    return rows
+
+
+def _rows_key(data: ChatDataSection, seed: int, chat: ChatTokenizer) -> str:
+    """Changes when anything changes that decides the tokenised rows."""
+    names = [("data.train", data.train), *([("data.validation", data.validation)] if data.validation else [])]
+    content = [_ROWS_FORMAT, chat.identity, data.max_length, data.too_long, data.max_bad_rows]
+    content += [[name, ConversationSource(name, key).identity()] for key, name in names]
+    content += [] if data.validation else [data.validation_fraction, seed]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _open_rows(folder: Path, key: str) -> SftRows | None:
+    """The rows kept in a folder; None unless they are whole and made from what ``key`` stands for."""
+    try:
+        record = json.loads((folder / "rows.json").read_bytes())
+        if record["key"] != key:
+            return None
+        counts = {name: RowCounts(**values) for name, values in record["counts"].items()}
+        rows = SftRows(TokenRows.open(folder, "train"), TokenRows.open(folder, "validation"), counts, record["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return rows if rows.train.is_whole() and rows.validation.is_whole() else None
+
+
+def _save_rows(rows: SftRows, folder: Path, key: str) -> None:
+    """Write the rows beside their place and rename them into it, replacing older ones."""
+    temporary = folder.with_name(f".rows-{uuid.uuid4().hex[:8]}")
+    record = {"key": key, "sha256": rows.sha256, "counts": {name: asdict(c) for name, c in rows.counts.items()}}
+    try:
+        temporary.mkdir(parents=True)
+        rows.train.save(temporary, "train")
+        rows.validation.save(temporary, "validation")
+        (temporary / "rows.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except OSError as error:
+        raise DataError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
