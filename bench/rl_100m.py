@@ -274,7 +274,8 @@ def reinforce(study: Study, precision: str, examples: list[WorkedExample]) -> di
         found["gain"] = {name: paired(before[name], after[name]).to_json() for name in after}
     for name, gain in found["gain"].items():
         old, new = found["before"][name]["average"], found["after"][name]["average"]
-        print(f"   {precision}, {name}: {old:.3f} -> {new:.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})", flush=True)
+        span = "–" if gain["low"] is None else f"{gain['low']:+.3f} to {gain['high']:+.3f}"
+        print(f"   {precision}, {name}: {old:.3f} -> {new:.3f} ({span})", flush=True)
     free()
     return after
 

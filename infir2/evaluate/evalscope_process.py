@@ -24,9 +24,7 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, name="end of input", daemon=True).start()
     outcome: dict[str, Any] = {}
     try:
-        _grade_programs_in(
-            Sandbox(Limits(wall_s=order["code_s"], cpu_s=int(order["code_s"]) + 1), order["unsafe_code"])
-        )
+        _grade_programs_in(Sandbox(program_limits(order["code_s"]), order["unsafe_code"]))
         for task in order["tasks"]:
             outcome = {"failed": task["datasets"][0]}
             _run(task)
@@ -38,6 +36,11 @@ def main() -> None:
     sys.stderr.flush()
     Path(order["outcome"]).write_text(json.dumps(outcome), encoding="utf-8")
     _end()
+
+
+def program_limits(case_s: float) -> Limits:
+    """As the benchmark has them: a time limit a case, memory beyond what solutions take, no small bound on output."""
+    return Limits(wall_s=case_s, cpu_s=int(case_s) + 1, memory_mib=4096, output_kib=16 * 1024)
 
 
 def _end_with_parent() -> None:

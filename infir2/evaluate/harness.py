@@ -145,8 +145,10 @@ def read_samples(work_dir: Path, benchmark: Benchmark) -> list[Sample]:
         response = _whole_text(choice["message"]["content"])
         truncated = choice["stop_reason"] == "max_tokens"
         predictions[row["index"]] = (response, int(output["usage"]["output_tokens"]), truncated)
+    # Where a run was interrupted and went on, a sample may stand there twice: as for evalscope, the last one counts.
+    reviews = {row["index"]: row for row in _lines(work_dir / "reviews") if row["index"] in predictions}
     samples = []
-    for row in _lines(work_dir / "reviews"):
+    for row in reviews.values():
         review, score = row["sample_score"], row["sample_score"]["score"]
         # evalscope leaves out of its average what it could not score, such as a formula that no parser gets through in
         # time. To count it as wrong is the safer side: a model gains nothing by writing what cannot be read.
@@ -175,8 +177,9 @@ def _task(
 ) -> dict[str, Any]:
     """evalscope's TaskConfig as a table."""
     name, sampling = benchmark.evalscope_name, benchmark.sampling
-    arguments = {**benchmark.options, **benchmark.hub}
+    arguments, rows = {**benchmark.options, **benchmark.hub}, ""
     if staged is not None:
+        rows = staged.digest
         arguments = {**benchmark.options, "local_path": str(staged.folder.resolve()), "subset_list": ["default"]}
     generation = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_tokens}
     task = {
@@ -191,16 +194,28 @@ def _task(
         "collect_perf": False,
         "no_timestamp": True,
     }
-    # Other settings, other folder: evalscope refuses to go on where something has changed.
-    deciding = [endpoint.identity, *(task[key] for key in _DECIDING)]
+    # Other settings or other rows, other folder: evalscope refuses to go on where a setting has changed, and would take
+    # the answers to other rows for answers to these. What the rows hold decides, and not where they lie.
+    decisive = {**task, "dataset_args": {**arguments, "local_path": rows}}
+    deciding = [endpoint.identity, *(decisive[key] for key in _DECIDING)]
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
     work_dir = out / f"{benchmark.name}-{digest}"
     task["work_dir"] = str(work_dir.resolve())
     if (work_dir / _COMPLETE).exists():
         shutil.rmtree(work_dir)  # who asks again wants new samples
     if (work_dir / "predictions").is_dir():
+        _cut_torn_lines(work_dir)
         task["use_cache"] = task["work_dir"]
     return task
+
+
+def _cut_torn_lines(work_dir: Path) -> None:
+    """Drop what an interruption left of a last line: evalscope would write the next row behind it, and lose both."""
+    for kind in ("predictions", "reviews"):
+        for file in work_dir.glob(f"{kind}/*/*.jsonl"):
+            content = file.read_bytes()
+            if not content.endswith(b"\n"):
+                os.truncate(file, content.rfind(b"\n") + 1)
 
 
 def _run(order: dict[str, Any], endpoint: Endpoint, settings: Settings, out: Path, show: Any) -> None:

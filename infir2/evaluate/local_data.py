@@ -5,6 +5,7 @@ LiveCodeBench's test cases.
 """
 
 import datetime
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class Staged:
 
     folder: Path
     rows: int
+    digest: str
+    """Of what they hold."""
 
 
 def stage(name: str, data: Path, out: Path, limit: int | None, dates: tuple[str, str] | None) -> Staged:
@@ -57,7 +60,7 @@ def stage(name: str, data: Path, out: Path, limit: int | None, dates: tuple[str,
         within = f" between {dates[0]} and {dates[1]}" if dates else ""
         raise DataError(f"{data / name}: holds no row{within}")
     _write(rows, out, layout)
-    return Staged(out, len(rows))
+    return Staged(out, len(rows), hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest())
 
 
 def what_to_put(name: str, data: Path | str) -> str:

@@ -7,11 +7,15 @@ compared draw with the same random numbers, and the engine and our server give t
 import hashlib
 import http.client
 import json
+import random
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
 from infir2.data.chat import ChatTokenizer
@@ -24,6 +28,11 @@ from infir2.rollout.records import Request, RequestError, SamplingParams
 
 Progress = Callable[[int, int], None]
 """Called with the samples that are finished, and all."""
+MAX_ASKED = 6
+"""How often a server is asked for one sample."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+"""Before it is asked again: at first (twice as long each time), and at most, if the server itself wants a pause."""
+_BUSY = (429, 502, 503)
 
 
 @dataclass(frozen=True)
@@ -95,13 +104,20 @@ class EngineResponder:
 
 
 class ApiResponder:
-    """A server's /chat/completions, asked ``concurrency`` samples at a time."""
+    """A server's /chat/completions, asked ``concurrency`` samples at a time.
+
+    A server that is busy (429, 502, 503), or cannot be reached after it has answered before, is asked again some times.
+    """
 
     def __init__(self, url: str, api_key: str, model: str, concurrency: int, timeout_s: float = 3600.0) -> None:
         self.url, self.api_key, self.model = url.rstrip("/"), api_key, model
         self.concurrency, self.timeout_s = concurrency, timeout_s
+        self.pause_s = FIRST_PAUSE_S
+        self._has_answered = False
+        self._given_up = threading.Event()
 
     def respond(self, asked: Sequence[Asked], sampling: Sampling, progress: Progress) -> list[Response]:
+        self._given_up.clear()
         with ThreadPoolExecutor(self.concurrency, thread_name_prefix="ask") as pool:
             futures = [pool.submit(self._ask, one, sampling) for one in asked]
             try:
@@ -109,6 +125,7 @@ class ApiResponder:
                     future.result()
                     progress(finished, len(futures))
             except BaseException:
+                self._given_up.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
             return [future.result() for future in futures]
@@ -124,18 +141,48 @@ class ApiResponder:
         }
         headers = {"Authorization": f"Bearer {self.api_key}", "Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as reply:
-                answer = json.load(reply)
-            choice = answer["choices"][0]
-            text = (choice["message"].get("reasoning_content") or "") + (choice["message"]["content"] or "")
-            return Response(text, int(answer["usage"]["completion_tokens"]), choice["finish_reason"] == "length")
-        except urllib.error.HTTPError as error:
-            raise UserError(f"{self.url}: {error.code}: {_told(error)}") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"{self.url}: {getattr(error, 'reason', None) or error}") from None
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{self.url}: not the answer of an OpenAI-compatible server: {error!r}") from None
+        for asked_before in range(MAX_ASKED):
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout_s) as reply:
+                    response = _response(json.load(reply))
+                self._has_answered = True
+                return response
+            except urllib.error.HTTPError as error:
+                trouble, again = f"{error.code}: {_told(error)}", error.code in _BUSY
+                wanted = _retry_after(error)
+            except (OSError, http.client.HTTPException) as error:
+                reason = getattr(error, "reason", None) or error
+                trouble, wanted = str(reason) or type(reason).__name__, 0.0
+                again = self._has_answered and not isinstance(reason, TimeoutError)
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise UserError(f"{self.url}: not the answer of an OpenAI-compatible server: {error!r}") from None
+            pause = max(
+                wanted, self.pause_s * 2**asked_before * random.uniform(0.75, 1.25)
+            )  # not all at the same moment
+            if not again or asked_before + 1 == MAX_ASKED or self._given_up.wait(pause):
+                break
+        raise UserError(f"{self.url}: {trouble}")
+
+
+def _response(answer: Any) -> Response:
+    """Of the body of an answer. Servers with a reasoning parser take the thought out of the text, and its tags away; as
+    the model wrote it, a thought that was cut off is none that was closed."""
+    choice = answer["choices"][0]
+    message = choice["message"]
+    text = message.get("content") or ""
+    if thought := message.get("reasoning_content") or message.get("reasoning"):
+        text = f"<think>{thought}" + (f"</think>{text}" if text else "")
+    return Response(text, int(answer["usage"]["completion_tokens"]), choice["finish_reason"] == "length")
+
+
+def _retry_after(error: urllib.error.HTTPError) -> float:
+    """Seconds that the server asks to wait, within bounds; 0 where it does not."""
+    text = error.headers.get("Retry-After") or ""
+    try:
+        seconds = float(text) if text.isdigit() else parsedate_to_datetime(text).timestamp() - time.time()
+    except (ValueError, TypeError):
+        return 0.0
+    return min(max(seconds, 0.0), LONGEST_PAUSE_S)
 
 
 def _told(error: urllib.error.HTTPError) -> str:

@@ -49,9 +49,9 @@ class TaskScore:
     """Of every problem (the fewest, where some could not be scored)."""
     average: float
     """avg@k: mean over problems of the mean over samples."""
-    low: float
-    high: float
-    """95 % confidence interval of the average."""
+    low: float | None
+    high: float | None
+    """95 % confidence interval of the average; None for a single problem, which says nothing of others."""
     pass_at: dict[int, float]
     """k -> pass@k, for k = 1, 2, 4, ... and ``samples``."""
     mean_tokens: float
@@ -69,9 +69,9 @@ class Paired:
 
     problems: int
     difference: float
-    low: float
-    high: float
-    """95 % confidence interval of the difference."""
+    low: float | None
+    high: float | None
+    """95 % confidence interval of the difference; None for a single problem."""
     p_value: float
     """Of a two-sided sign-flip permutation test: how often chance alone gives so large a difference."""
     better: int
@@ -122,18 +122,23 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def mean_interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """95 % confidence interval of the mean of independent values in [0, 1]: percentiles of a bootstrap.
+def mean_interval(values: NDArray[np.float64], lowest: float = 0.0) -> tuple[float, float] | tuple[None, None]:
+    """95 % confidence interval of the mean of independent values in [``lowest``, 1]: percentiles of a bootstrap. None
+    for a single value.
 
-    Where all values are 0, or all 1, resampling shows no spread; then it is the exact (Clopper-Pearson) interval of so
-    many successes or failures in a row.
+    Where all values are equal, resampling shows no spread. Other values may still exist, and be so rare that none was
+    drawn: a share of them that n draws miss with a chance of 2.5 %. The interval is where the mean lies if they are all
+    the lowest, or all the highest, that a value can be. For 0 and 1, which are named before any is drawn, this is the
+    exact (Clopper-Pearson) interval. For others one draw is spent on naming the value: over all values v of chances
+    p(v) below 1 - share, the sum of p(v)^n is at most (1 - share)^(n - 1).
     """
-    count = len(values)
-    if (values == 0).all():
-        return 0.0, 1.0 - 0.025 ** (1 / count)
-    if (values == 1).all():
-        return 0.025 ** (1 / count), 1.0
-    return _percentiles(_bootstrap_means(values))
+    count, value = len(values), float(values[0])
+    if count == 1:
+        return None, None
+    if np.ptp(values) > 1e-9:  # equal up to rounding: 0.3 - 0.1 and 0.4 - 0.2
+        return _percentiles(_bootstrap_means(values))
+    share = 1.0 - 0.025 ** (1 / (count if value in (0.0, 1.0) else count - 1))
+    return value - share * (value - lowest), value + share * (1.0 - value)
 
 
 def paired(first: Sequence[Sample], second: Sequence[Sample]) -> Paired:
@@ -142,7 +147,7 @@ def paired(first: Sequence[Sample], second: Sequence[Sample]) -> Paired:
     if ours.keys() != theirs.keys():
         raise DataError("the two models were not asked the same problems, so they cannot be paired")
     differences = np.array([statistics.fmean(theirs[name]) - statistics.fmean(ours[name]) for name in ours])
-    low, high = _percentiles(_bootstrap_means(differences))
+    low, high = mean_interval(differences, lowest=-1.0)
     return Paired(
         problems=len(differences),
         difference=float(differences.mean()),

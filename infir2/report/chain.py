@@ -115,7 +115,7 @@ def _scores(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
                     model["name"],
                     score["problems"],
                     f"{score['average']:.1%}",
-                    f"{score['low']:.1%} – {score['high']:.1%}",
+                    "–" if score["low"] is None else f"{score['low']:.1%} – {score['high']:.1%}",
                     f"{score['pass_at'][k]:.1%}",
                     f"{score['mean_tokens']:.0f}",
                     f"{score['truncated']:.1%}",
@@ -135,9 +135,14 @@ def _paired(evaluation: dict[str, Any]) -> list[str]:
         return []
     return [
         f"{_short(task)}: {pair['second']} minus {pair['first']} {100 * found['difference']:+.1f} points, "
-        f"95 % interval {100 * found['low']:+.1f} to {100 * found['high']:+.1f}, p = {found['p_value']:.3g}"
+        f"95 % interval {_points(found['low'], found['high'])}, p = {found['p_value']:.3g}"
         for task, found in pair["tasks"].items()
     ]
+
+
+def _points(low: float | None, high: float | None) -> str:
+    """A dash for a single problem, which has no interval."""
+    return "–" if low is None or high is None else f"{100 * low:+.1f} to {100 * high:+.1f}"
 
 
 def _answers(folder: Path) -> list[dict[str, Any]]:

@@ -94,11 +94,16 @@ def _from_rows(data: dict[str, Any]) -> CodeTests:
     if kinds == {"functional"}:
         if not function:
             raise ValueError('functional tests need "fn_name"')
-        calls = ((tuple(map(json.loads, t["input"].splitlines())), json.loads(t["output"])) for t in tests)
+        calls = ((_json_lines(t["input"]), json.loads(t["output"])) for t in tests)
         return CodeTests(tuple(CallCase(*call) for call in calls), str(function))
     if kinds - {"stdin"}:
         raise ValueError(f"testtypes {sorted(map(str, kinds))}")
     return CodeTests(tuple(StdioCase(_as_text(t["input"]), _as_text(t["output"])) for t in tests))
+
+
+def _json_lines(text: str) -> tuple[Any, ...]:
+    """One value a line. Not splitlines: JSON's strings may hold what that takes for the end of a line (U+2028)."""
+    return tuple(json.loads(line) for line in text.split("\n") if line.strip())
 
 
 def _as_text(value: Any) -> str:
@@ -120,24 +125,19 @@ def extract_program(response: str, think: Think = "auto") -> str | None:
 
 
 def judge(program: str, problem: CodeTests, sandbox: Sandbox) -> Verdict:
-    """Run the cases in order, up to the first failure: a process each for scripts, one for all calls."""
+    """Run the cases in order, up to the first failure: each in a process of its own, with the limits for itself."""
     total = len(problem.cases)
-    if problem.function:
-        run = sandbox.run_calls(program, problem.function, [c.arguments for c in problem.cases])  # type: ignore[union-attr]
-        returned = run.results.splitlines()
-        passed = 0
-        for line, case in zip(returned, problem.cases):
-            if not _same_json(line, case.expected):  # type: ignore[union-attr]
-                return Verdict(passed, total, "wrong answer")
-            passed += 1
-        all_well = passed == total == len(returned) and _ended_well(run)
-        return Verdict(passed, total, "passed" if all_well else _trouble(run))
     for passed, case in enumerate(problem.cases):
-        assert isinstance(case, StdioCase)
-        run = sandbox.run_script(program, case.stdin.encode())
+        if isinstance(case, CallCase):
+            run = sandbox.run_calls(program, problem.function or "", [case.arguments])
+            returned = run.results.splitlines()
+            right = len(returned) == 1 and _same_json(returned[0], case.expected)
+        else:
+            run = sandbox.run_script(program, case.stdin.encode())
+            right = same_output(run.stdout.decode("utf-8", "replace"), case.stdout)
         if not _ended_well(run):
             return Verdict(passed, total, _trouble(run))
-        if not same_output(run.stdout.decode("utf-8", "replace"), case.stdout):
+        if not right:
             return Verdict(passed, total, "wrong answer")
     return Verdict(total, total, "passed")
 
@@ -151,9 +151,9 @@ def _trouble(run: ProgramRun) -> str:
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Line by line, without regard to space at the ends of lines and empty lines at the end; where a line differs, word
-    by word, and numbers by their exact value (1.50 is 1.5, 0.30000000000000004 is not 0.3)."""
-    ours, theirs = printed.rstrip().splitlines(), expected.rstrip().splitlines()
+    """Line by line, without regard to space at the ends of lines and empty lines at both ends; where a line differs,
+    word by word, and numbers by their exact value (1.50 is 1.5, 0.30000000000000004 is not 0.3)."""
+    ours, theirs = printed.strip().splitlines(), expected.strip().splitlines()
     return len(ours) == len(theirs) and all(_same_line(a, b) for a, b in zip(ours, theirs))
 
 
@@ -165,7 +165,7 @@ def _same_line(ours: str, theirs: str) -> bool:
 
 
 def _same_number(ours: str, theirs: str) -> bool:
-    if len(ours) > 100 or not re.fullmatch(r"[+-]?\d*\.?\d+(e[+-]?\d{1,3})?", theirs, re.IGNORECASE):
+    if len(ours) > 100 or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", theirs, re.IGNORECASE):
         return False
     try:
         return Decimal(ours) == Decimal(theirs)

@@ -194,6 +194,7 @@ def start_program(job: dict[str, Any], report: Reporter, results: int, work: str
                 _become_nobody()
             # counted in this namespace (without one, all the user's own would count); the launcher's three may be in it
             confine.limit_resources(processes=limits["processes"] + 3)
+            os.setsid()  # a group of its own: kill(0, ...) must not reach the launcher outside
         confine.no_new_privileges()
         if "landlock" in layers:
             confine.restrict_files(job["readable"], [work, *_DEVICES])

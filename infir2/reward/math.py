@@ -15,6 +15,7 @@ from typing import Any, Literal
 from infir2.errors import DataError
 from infir2.reward.extract import Think, after_thinking, final_answer, last_boxed
 from infir2.reward.score import Score
+from infir2.reward.units import is_unit
 from infir2.reward.workers import WorkerPool
 
 MAX_ANSWER = 1000
@@ -27,26 +28,50 @@ _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _UNEVALUATED = re.compile(
     r"\\(?:int|sum|prod|lim|binom|dbinom|tbinom|det|gcd|lcm|max|min)(?![a-zA-Z])|!|\\[bp]mod(?![a-zA-Z])"
 )
-_WORD = r"\\(?:text|textbf|textit|mathrm|mathbf|mathsf|operatorname|mbox)\s*\{([^{}]*)\}"
-_TRAILING_UNIT = re.compile(rf"(?<=[\d}}]){_WORD}(?:\^\{{?\d\}}?)?\Z")
-_SPACES = re.compile(r"(?<!\\)\\[,;:! ]|\\quad\b|\\qquad\b|~|\s+")
+_BOX = r"\\(?:text|textbf|textit|mathrm|mathbf|mathsf|operatorname|mbox)\s*\{([^{}]*)\}"
+_SPACE = r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~|\s)"
+_SPACES = re.compile(f"{_SPACE}+")
+_POWER = r"(?:\^\{?[23]\}?|[²³])?"
+_BOXED_UNIT = re.compile(rf"(?<=[\d}}]){_SPACE}*{_BOX}{_POWER}{_SPACE}*\Z")
+_WORDS = r"[a-zA-Z]{2,}(?:[ ./-]+[a-zA-Z]+)*"
+_PLAIN_UNIT = re.compile(rf"([+-]?{_SPACE}*\.?\d[\d.,]*){_SPACE}*({_WORDS}|(?<![\d.])[a-z]){_POWER}")
+_ENDS = re.compile(rf"\A{_SPACE}+|(?:{_SPACE}|\.)+\Z")
+_SPACED_COMMA = re.compile(rf"\d{_SPACE}*,{_SPACE}+\d|\d{_SPACE}+,")
+_SPACED_DIGITS = re.compile(rf"\d+(?:{_SPACE}+\d+)+")
+_SPACED_THOUSANDS = re.compile(r"\d{1,3}(?: \d{3})+")
 _SIZES = re.compile(r"\\(?:left|right|bigl|bigr|Bigl|Bigr|big|Big|displaystyle)(?![a-zA-Z])\.?")
-_ASSIGNED = re.compile(r"[a-zA-Z](?:_\{?\w\}?)?=(?=[^=]+\Z)")
-_PLAIN_WORD_UNIT = re.compile(r"([+-]?[\d.,]+)[a-zA-Z]{2,20}")
+_NUMBER, _FACTORS = re.compile(r"[+-]?[\d.,]+"), re.compile(r"[+-]?[\d.,]+[a-zA-Z].*")
+_ASSIGNED = re.compile(rf"[a-zA-Z](?:_\{{?\w\}}?)?{_SPACE}*={_SPACE}*(?=[^=]+\Z)")
 
 
 def normalize(answer: str) -> str:
     r"""One spelling for what LaTeX spells in several ways: delimiters, spaces, ``\left``, ``\dfrac``, text boxes, units
     behind a number, signs of degree, percent and dollar, ``x =`` in front, thousands separators, a final full stop."""
-    text = _TRAILING_UNIT.sub("", _SPACES.sub("", clean(answer)))
-    text = re.sub(_WORD, r"\1", text)
-    text = re.sub(r"\^\{?\\circ\}?|\\degree(?![a-zA-Z])|°|\\?%", "", text).rstrip(".")
+    text = re.sub(r"(?<!\\)\\!", "", clean(answer))
+    if (unit := _BOXED_UNIT.search(text)) and is_unit(_SPACES.sub(" ", unit[1])):
+        text = text[: unit.start()]
+    text = re.sub(_BOX, r"\1", text)
+    text = re.sub(r"\^\{?\\circ\}?|\\degree(?![a-zA-Z])|°|\\?%", "", text)
+    text = _SPACED_DIGITS.sub(_joined_thousands, _ENDS.sub("", text))
     text = _ASSIGNED.sub("", text, count=1) if _ASSIGNED.match(text) else text
-    if unit := _PLAIN_WORD_UNIT.fullmatch(text):
+    if (unit := _PLAIN_UNIT.fullmatch(text)) and is_unit(unit[2]):
         text = unit[1]
-    if _THOUSANDS.fullmatch(text):
-        text = text.replace(",", "")
-    return text
+    plain = _SPACES.sub(_kept_space, text)
+    if _THOUSANDS.fullmatch(plain) and not _SPACED_COMMA.search(text):  # "12, 345" is two numbers
+        return plain.replace(",", "")
+    return plain
+
+
+def _joined_thousands(match: re.Match[str]) -> str:
+    """12 345 is a number, 3 4 is two."""
+    digits = _SPACES.sub(" ", match[0])
+    return digits.replace(" ", "") if _SPACED_THOUSANDS.fullmatch(digits) else digits
+
+
+def _kept_space(match: re.Match[str]) -> str:
+    """Space means nothing, except between digits."""
+    before, behind = match.string[: match.start()][-1:], match.string[match.end() :][:1]
+    return " " if before.isdigit() and behind.isdigit() else ""
 
 
 def same_integer(label: str, answer: str) -> bool | None:
@@ -124,6 +149,8 @@ class MathScorer:
         same = same_integer(theirs, ours)
         if same is not None:
             return Score(float(same), answer, "integer")
+        if any(_NUMBER.fullmatch(a) and _FACTORS.fullmatch(b) for a, b in ((ours, theirs), (theirs, ours))):
+            return Score(0.0, answer, "string")  # math-verify would take any letters behind a number for a unit
         strict = self.integer_labels == "strict" and _INTEGER.fullmatch(theirs)
         if strict or (_UNEVALUATED.search(ours) and not _UNEVALUATED.search(theirs)):
             return Score(0.0, answer, "unevaluated" if re.search(r"\d", ours) else "string")

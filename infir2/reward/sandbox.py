@@ -47,6 +47,19 @@ _SYSTEM_PATHS = ("/usr", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache")
 _STDERR_BYTES = 16_384
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: those it is bound to, and no more than its control group's share of time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, quota // period)
+    return max(1, cores)
+
+
+# Time limits are on the wall: with more programs at once than cores, a verdict would depend on who else is judged.
+_ROOM = threading.BoundedSemaphore(usable_cores())
+
+
 class SandboxError(UserError):
     """The machine cannot hold untrusted code, so none is run."""
 
@@ -97,7 +110,8 @@ class Layer:
 
 
 class Sandbox:
-    """Runs programs, each in a cage of its own. Safe to use from several threads at once.
+    """Runs programs, each in a cage of its own. Safe to use from several threads: all sandboxes of this process
+    together run as many programs at once as there are cores, and time begins when a program's turn has come.
 
     Raises SandboxError at once where a layer is missing. ``unsafe_code_exec=True`` runs programs all the same, with the
     layers there are; use it inside a container or machine that you can lose. Without namespaces nothing bounds the
@@ -132,11 +146,18 @@ class Sandbox:
     def _run(self, source: str, stdin: bytes, how: tuple[str, str]) -> ProgramRun:
         if len(source.encode("utf-8", "replace")) > self.limits.source_kib << 10:
             return ProgramRun("signal", None, b"", b"source too long", b"", 0.0)
-        return launch(source.encode("utf-8", "replace").decode(), stdin, how, self.limits, self.layers)
+        with _ROOM:
+            return launch(source.encode("utf-8", "replace").decode(), stdin, how, self.limits, self.layers, proved=True)
 
 
-def launch(source: str, stdin: bytes, how: tuple[str, str], limits: Limits, layers: Sequence[str]) -> ProgramRun:
-    """One run with exactly these layers. SandboxError if one of them cannot be put up."""
+def launch(
+    source: str, stdin: bytes, how: tuple[str, str], limits: Limits, layers: Sequence[str], proved: bool = False
+) -> ProgramRun:
+    """One run with exactly these layers. SandboxError if one of them cannot be put up.
+
+    A cage that is killed without having told how the program ended is a SandboxError, too, unless it is ``proved`` that
+    this machine can hold programs: then it is the program's own fault (memory that ran out, for instance).
+    """
     nonce = secrets.token_hex(16)
     with contextlib.ExitStack() as stack:
         folder = None if "namespaces" in layers else stack.enter_context(_scratch_folder())
@@ -157,8 +178,9 @@ def launch(source: str, stdin: bytes, how: tuple[str, str], limits: Limits, laye
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        return _verdict(reader.taken, stopped, nonce, time.monotonic() - began)
+            launcher = process.wait()  # of one that closed its pipes by ending, our signal does not change the code
+        silence = signal.SIGKILL if proved and launcher <= 0 else None
+        return _verdict(reader.taken, stopped, nonce, time.monotonic() - began, silence)
 
 
 def _job(
@@ -184,7 +206,10 @@ def readable_paths() -> list[str]:
     return [*_SYSTEM_PATHS, *sorted(prefixes)]
 
 
-def _verdict(taken: dict[str, bytes], stopped: Status | None, nonce: str, wall_s: float) -> ProgramRun:
+def _verdict(
+    taken: dict[str, bytes], stopped: Status | None, nonce: str, wall_s: float, silence: int | None
+) -> ProgramRun:
+    """``silence``: the signal that a run without a word was ended by; None where silence is a fault of the sandbox."""
     words = {}
     for line in taken["status"].decode("utf-8", "replace").splitlines():
         mark, _, rest = line.partition(" ")
@@ -196,8 +221,11 @@ def _verdict(taken: dict[str, bytes], stopped: Status | None, nonce: str, wall_s
     output = taken["stdout"], taken["stderr"], taken["results"]
     if stopped:
         return ProgramRun(stopped, None, *output, wall_s)
+    if "ended" not in words and silence is not None:
+        return ProgramRun("signal", -silence, *output, wall_s)
     if "ended" not in words:
-        raise SandboxError(f"the sandbox ended without a word: {taken['stderr'][-300:].decode('utf-8', 'replace')}")
+        last = taken["stderr"].decode("utf-8", "replace").strip().rpartition("\n")[2]
+        raise SandboxError(f"the sandbox ended without a word: {last[-300:] or 'it was killed'}")
     code = int(words["ended"])
     if code == -signal.SIGXCPU:
         return ProgramRun("timeout", code, *output, wall_s)
@@ -302,6 +330,8 @@ def breed():
             os._exit(0)
 attempt("starts more processes than allowed", breed)
 print(json.dumps(facts), flush=True)
+if os.getpid() <= 2:  # in a namespace: its own group, and whoever else is wrongly in it
+    os.kill(0, 9)
 os._exit(0)
 """
 _PROBE_LIMITS = Limits(wall_s=10, memory_mib=160, processes=8, file_mib=1)

@@ -18,7 +18,7 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         console.width = 160  # a file has no edge at which a table would have to break
     tasks = _tasks(args)
     names = _names(args)
+    files = dict(zip([task.name for task in tasks], _distinct([_file_name(task.name) for task in tasks])))
     python = find_evalscope(args.evalscope_python) if any(isinstance(task, Benchmark) for task in tasks) else None
     environment_now = environment()
     samples: dict[str, Samples] = {}
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         for text, name in zip(args.models, names):
             samples[name] = _evaluate(args, text, name, tasks, python, console, scorers)
             for task in tasks:
-                _write_samples(args.out / name / f"{_file_name(task.name)}.jsonl", samples[name][task.name])
+                _write_samples(args.out / name / f"{files[task.name]}.jsonl", samples[name][task.name])
     scores = {name: {task.name: summarise(samples[name][task.name]) for task in tasks} for name in names}
     pairs = {}
     if args.paired:
@@ -112,7 +113,20 @@ def _names(args: argparse.Namespace) -> list[str]:
     from infir2.launch.inference import model_name
 
     names = [_file_name(text) if args.api_url else model_name(text) for text in args.models]
-    return [f"{name}-{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
+    return _distinct(names)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Each name, with a number behind it where it has been given out before: also where a file system does not tell
+    capital letters from small ones."""
+    given: dict[str, str] = {}
+    for name in names:
+        found, number = name, 1
+        while found.casefold() in given:
+            number += 1
+            found = f"{name}-{number}"
+        given[found.casefold()] = found
+    return list(given.values())
 
 
 class _Scorers:
@@ -277,15 +291,21 @@ def _show(
         for name in names:
             score = scores[name][task.name]
             k = score.samples
-            average = f"{score.average:.1%} @{k}  ({score.low:.1%} to {score.high:.1%})"
+            average = f"{score.average:.1%} @{k}  ({_interval(score.low, score.high)})"
             lengths = f"{score.mean_tokens:,.0f}", f"{score.truncated:.0%}"
             table.add_row(task.name, name, str(score.problems), average, f"{score.pass_at[k]:.1%} @{k}", *lengths)
     console.print(table)
     for task_name, pair in pairs.items():
         console.print(
-            f"{task_name}: {names[1]} minus {names[0]}: {pair.difference:+.1%} ({pair.low:+.1%} to {pair.high:+.1%}), "
-            f"p = {pair.p_value:.3f}, better on {pair.better} and worse on {pair.worse} of {pair.problems} problems"
+            f"{task_name}: {names[1]} minus {names[0]}: {pair.difference:+.1%} "
+            f"({_interval(pair.low, pair.high, '+')}), p = {pair.p_value:.3f}, "
+            f"better on {pair.better} and worse on {pair.worse} of {pair.problems} problems"
         )
+
+
+def _interval(low: float | None, high: float | None, sign: str = "") -> str:
+    """A dash where there is none."""
+    return "–" if low is None or high is None else f"{low:{sign}.1%} to {high:{sign}.1%}"
 
 
 def _write_samples(path: Path, samples: "list[Sample]") -> None:
@@ -306,4 +326,7 @@ def _write(path: Path, text: str) -> None:
 
 def _file_name(name: str) -> str:
     """A name that can stand in a folder."""
-    return "".join(character if character.isalnum() or character in "-_." else "-" for character in name).strip(".-")
+    return (
+        "".join(character if character.isalnum() or character in "-_." else "-" for character in name).strip(".-")
+        or "unnamed"
+    )

@@ -6,7 +6,15 @@ import math
 import pickle
 import re
 import sys
+import threading
+import time
+import urllib.error
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from email.message import Message
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,11 +26,11 @@ import pytest
 
 from infir2 import cli
 from infir2.errors import ConfigError, DataError, UserError
-from infir2.evaluate.evalscope_process import as_label
+from infir2.evaluate.evalscope_process import as_label, program_limits
 from infir2.evaluate.harness import Endpoint, Settings, find_evalscope, prepare, read_samples, run_benchmarks
 from infir2.evaluate.local import run_local_task
 from infir2.evaluate.local_data import stage, what_to_put
-from infir2.evaluate.respond import Asked, Response, seed_of
+from infir2.evaluate.respond import MAX_ASKED, ApiResponder, Asked, Response, _retry_after, seed_of
 from infir2.evaluate.score import Sample, mean_interval, paired, pass_at_k, sign_flip_p_value, summarise
 from infir2.evaluate.server import LocalServer
 from infir2.evaluate.stored_cases import stored_cases
@@ -79,6 +87,28 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     assert mean_interval(np.ones(30)) == (pytest.approx(1 - high), 1)
 
 
+def test_equal_values_have_an_interval_that_covers_what_was_not_drawn() -> None:
+    """The value v has chance p, others are all at one end: if n draws are all v, the mean is in the interval, unless n
+    draws of v are no more than 2.5 % likely."""
+    for value, lowest, count in product((-1.0, -0.25, 0.0, 0.5, 1.0), (-1.0, 0.0), (2, 5, 30)):
+        if value < lowest:
+            continue
+        low, high = mean_interval(np.full(count, value), lowest)
+        assert lowest <= low <= value <= high <= 1
+        assert high - low > 0
+        for chance, other in product(np.linspace(0.001, 1, 200), (lowest, 1.0)):
+            mean = chance * value + (1 - chance) * other
+            assert low - 1e-9 <= mean <= high + 1e-9 or chance**count <= 0.025 + 1e-9
+    noise = np.array([0.3 - 0.1, 0.4 - 0.2, 0.5 - 0.3] * 5)
+    assert len(set(noise)) > 1
+    low, high = mean_interval(noise, -1.0)
+    assert high - low > 0.1, "equal but for rounding"
+    assert mean_interval(np.array([0.5])) == mean_interval(np.array([1.0])) == (None, None)
+    pair = paired(samples({"a": [0]}), samples({"a": [1]}))
+    assert (pair.low, pair.high, pair.difference) == (None, None, 1)
+    assert summarise(samples({"a": [0, 1]})).low is None
+
+
 def test_the_paired_test_by_hand() -> None:
     """Three differences of 0.5, 0.25 and -0.25: of 8 assignments of signs, 4 have a sum at least 0.5 from 0."""
     first = samples({"a": [0, 0, 0, 0], "b": [1, 0, 0, 0], "c": [1, 1, 0, 0]})
@@ -90,7 +120,8 @@ def test_the_paired_test_by_hand() -> None:
     assert pair.p_value == pytest.approx(sum(s >= 0.5 - 1e-12 for s in sums) / 8)
     assert pair.low <= pair.difference <= pair.high
     same = paired(first, first)
-    assert (same.difference, same.p_value, same.low, same.high) == (0, 1, 0, 0)
+    assert (same.difference, same.p_value, same.low) == (0, 1, -same.high)
+    assert same.high == pytest.approx(1 - 0.025 ** (1 / 3)), "three problems do not show that there is no difference"
     with pytest.raises(DataError, match="not asked the same problems"):
         paired(first, samples({"a": [1]}))
 
@@ -193,6 +224,99 @@ def test_a_file_of_problems(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows.jsonl: math: a label must be a string or a number"):
         run_local_task(task, problems_of(task, None), parrot, scorer, 1, lambda done, total: None)
     assert len(parrot.asked) == 6, "something was asked before the bad label was found"
+
+
+# ---- other servers
+
+
+@contextmanager
+def server_that_says(
+    *replies: tuple[int, dict[str, Any], dict[str, str]],
+) -> Iterator[tuple[ApiResponder, list[float]]]:
+    """Someone else's server: one reply after the other, and the last one again; (0, ...) hangs up. It comes as somebody
+    who asks it, and the times at which it was asked."""
+    times: list[float] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            code, body, headers = replies[min(len(times), len(replies) - 1)]
+            times.append(time.monotonic())
+            self.rfile.read(int(self.headers["content-length"]))
+            if not code:
+                return
+            content = json.dumps(body).encode()
+            self.send_response(code)
+            for name, value in {**headers, "content-length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        responder = ApiResponder(f"http://127.0.0.1:{server.server_port}/v1", "key", "m", 1)
+        responder.pause_s = 0.01
+        yield responder, times
+        server.shutdown()
+
+
+def answer(finish: str = "stop", **message: Any) -> tuple[int, dict[str, Any], dict[str, str]]:
+    return 200, {"choices": [{"message": message, "finish_reason": finish}], "usage": {"completion_tokens": 9}}, {}
+
+
+def ask(responder: ApiResponder, count: int = 1) -> list[Response]:
+    asked = [Asked([{"role": "user", "content": "q"}], number) for number in range(count)]
+    return responder.respond(asked, Sampling(1, 10), lambda done, total: None)
+
+
+def test_a_thought_that_the_server_took_out_of_the_text_is_put_back() -> None:
+    """So that a box in a thought that was cut off is no answer, and one behind it is."""
+    maybe = "maybe \\boxed{5}"
+    said = {
+        f"<think>{maybe}": answer("length", content=None, reasoning_content=maybe),
+        f"<think>{maybe} ": answer("length", content="", reasoning=maybe + " "),
+        f"<think>{maybe}</think>I give up.": answer(content="I give up.", reasoning_content=maybe),
+        "<think>no</think>\\boxed{5}": answer(content="\\boxed{5}", reasoning="no"),
+        "\\boxed{5}": answer(content="\\boxed{5}", reasoning_content=None),
+    }
+    with server_that_says(*said.values()) as (responder, _):
+        found = ask(responder, len(said))
+    assert [one.text for one in found] == list(said)
+    assert [one.truncated for one in found] == [True, True, False, False, False]
+    scorer = reward_for("math")
+    assert [score.value for score in scorer.score_many([(one.text, "5") for one in found])] == [0, 0, 0, 1, 1]
+
+
+def test_a_busy_server_is_asked_again() -> None:
+    busy = {"error": {"message": "too many"}}
+    well = answer(content="x")
+    with server_that_says((429, busy, {"Retry-After": "1"}), (503, busy, {}), (502, busy, {}), well) as (
+        responder,
+        times,
+    ):
+        assert [one.text for one in ask(responder)] == ["x"]
+        assert 1.0 <= times[1] - times[0] < 2.0, "as long as it asked for"
+        assert len(times) == 4
+    with server_that_says(well, (0, {}, {}), well) as (responder, times):
+        assert len(ask(responder, 2)) == 2
+        assert len(times) == 3, "it had answered before: asked again after it hung up"
+
+
+def test_a_server_that_stays_busy_or_refuses_ends_the_evaluation() -> None:
+    later = formatdate(time.time() + 3600, usegmt=True)
+    for code, asked in ((429, MAX_ASKED), (400, 1), (500, 1), (0, 1)):
+        with server_that_says((code, {"error": {"message": "no"}}, {})) as (responder, times):
+            with pytest.raises(UserError, match=f"{code}: no" if code else "closed connection"):
+                ask(responder)
+            assert len(times) == asked
+    error = urllib.error.HTTPError("u", 429, "busy", Message(), None)
+    assert _retry_after(error) == 0
+    for told, seconds in ((later, 60), ("7", 7), ("soon", 0), ("-3", 0), (formatdate(0, usegmt=True), 0)):
+        error.headers["Retry-After"] = told
+        assert _retry_after(error) == seconds
+        del error.headers["Retry-After"]
 
 
 # ---- rows for evalscope
@@ -299,6 +423,16 @@ def test_problems_of_livecodebench_become_labels_of_the_sandbox() -> None:
     assert judge(solution.replace("+ b", "- b"), parse_problem(calls), sandbox).outcome == "wrong answer"
 
 
+def test_programs_of_livecodebench_have_its_limits() -> None:
+    sandbox = Sandbox(program_limits(6.0))
+    large = as_label(json.dumps({"inputs": ["x"], "outputs": ["1 " * 700_000], "fn_name": None}))
+    program = "held = bytearray(2 << 30)\nprint('1 ' * 700_000)"
+    assert judge(program, parse_problem(large), sandbox).outcome == "passed"
+    strange = json.dumps("a\u2028b", ensure_ascii=False)  # JSON may hold it as it is
+    calls = as_label(json.dumps({"inputs": [strange], "outputs": [strange], "fn_name": "same"}))
+    assert judge("def same(text): return text", parse_problem(calls), sandbox).outcome == "passed"
+
+
 # ---- evalscope's side
 
 
@@ -338,6 +472,54 @@ def test_what_evalscope_says_when_it_fails_is_passed_on(tmp_path: Path) -> None:
         run_benchmarks([BENCHMARKS["aime24"]], prepare([], settings, out), endpoint, settings, out, lambda a, b: None)
 
 
+INTERRUPTED = """
+import json, pathlib, sys
+order = json.loads(sys.stdin.readline())
+(task,) = order["tasks"]
+predictions = pathlib.Path(task["work_dir"], "predictions/m/a.jsonl")
+print(json.dumps([task["work_dir"], task.get("use_cache"), predictions.exists() and predictions.read_text()]),
+      file=open({told!r}, "a"))
+predictions.parent.mkdir(parents=True, exist_ok=True)
+predictions.write_text('{{"index": 0}}\\n{{"ind')
+open(order["outcome"], "w").write('{{"failed": "aime24", "error": "Cut", "message": "off"}}')
+"""
+
+
+def test_answers_are_kept_for_the_same_rows_and_for_no_others(tmp_path: Path) -> None:
+    """A process in evalscope's place that is always interrupted, in the middle of a line."""
+    fake, told, out = tmp_path / "python", tmp_path / "told.jsonl", tmp_path / "out"
+    fake.write_text(f"#!{sys.executable}\n" + INTERRUPTED.format(told=str(told)))
+    fake.chmod(0o755)
+    rows = {name: {"problem": f"say {name}", "answer": "1"} for name in ("one", "two")}
+    for folder, row in (("a", "one"), ("a", "two"), ("b", "two"), ("b", "one")):
+        data = write_rows(tmp_path / folder, "aime24", [rows[row]])
+        settings, endpoint = Settings(fake, data, None, 1), Endpoint("http://127.0.0.1:9/v1", "key", "m", "weights")
+        benchmarks = [BENCHMARKS["aime24"]]
+        with pytest.raises(UserError, match="Cut: off"):
+            run_benchmarks(benchmarks, prepare(benchmarks, settings, out), endpoint, settings, out, lambda a, b: None)
+    one, two, again, back = map(json.loads, told.read_text().splitlines())
+    assert one[0] != two[0]
+    assert (one[1:], two[1:]) == ([None, False], [None, False]), "nothing is known about these rows"
+    assert again == [two[0], two[0], '{"index": 0}\n'], "the same rows in another folder; the torn line has gone"
+    assert back[:2] == [one[0], one[0]]
+
+
+def test_a_sample_that_was_scored_twice_counts_once(tmp_path: Path) -> None:
+    """As evalscope reads its own files: the last row of a sample counts, and scores without a response do not."""
+    choice = {"message": {"content": "text"}, "stop_reason": "stop"}
+    prediction = {"model_output": {"choices": [choice], "usage": {"output_tokens": 3}}}
+    reviews = []
+    for index, value in ((0, 0.0), (1, 1.0), (0, 1.0), (7, 0.0)):
+        score = {"status": "success", "value": {"acc": value}, "main_score_name": "acc", "explanation": None}
+        place = {"group_id": 0, "generation_index": index}
+        reviews.append({"index": index, "sample_score": {**place, "score": {**score, "extracted_prediction": "a"}}})
+    for kind, found in (("predictions", [{"index": i, **prediction} for i in (0, 1, 0)]), ("reviews", reviews)):
+        (tmp_path / kind / "m").mkdir(parents=True)
+        (tmp_path / kind / "m/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    found = read_samples(tmp_path, BENCHMARKS["aime24"])
+    assert [(sample.index, sample.score) for sample in found] == [(0, 1.0), (1, 1.0)]
+
+
 def test_a_refused_request_is_no_wrong_answer(tmp_path: Path) -> None:
     for kind in ("predictions", "reviews"):
         (tmp_path / kind / "m").mkdir(parents=True)
@@ -346,6 +528,26 @@ def test_a_refused_request_is_no_wrong_answer(tmp_path: Path) -> None:
     (tmp_path / "predictions/m/a.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match="aime24: the server refused a request: the prompt has 534 tokens"):
         read_samples(tmp_path, BENCHMARKS["aime24"])
+
+
+def test_models_and_tasks_whose_names_are_alike_keep_their_results_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tasks = []
+    for number, file in enumerate(("a/b.jsonl", "a-b.jsonl")):
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_text(json.dumps({"prompt": f"say {number}", "label": number}) + "\n")
+        tasks.append(f"math:{file}")
+    with server_that_says(answer(content="\\boxed{1}")) as (responder, _):
+        words = ["--tasks", ",".join(tasks), "--samples", "1", "--out", "out", "--api-url", responder.url]
+        assert cli.main(["eval", "m/x", "m-x", "m-x-2", "M-X", *words]) == 0
+    models = [model["name"] for model in json.loads(Path("out/eval.json").read_text())["models"]]
+    assert models == ["m-x", "m-x-2", "m-x-2-2", "M-X-3"]
+    for name in models:
+        files = {path.name: json.loads(path.read_text())["score"] for path in Path("out", name).iterdir()}
+        assert files == {"math-a-b.jsonl.jsonl": 0.0, "math-a-b.jsonl-2.jsonl": 1.0}
+    assert "(–)" in capsys.readouterr().out, "one problem, no interval"
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:

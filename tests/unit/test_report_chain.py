@@ -71,6 +71,18 @@ def test_the_page_tells_the_whole_chain(chain: Path) -> None:
     assert "<b>it is" in text, "a response is text, never markup"
 
 
+def test_a_single_problem_has_no_interval(chain: Path) -> None:
+    facts = json.loads((chain / "eval/eval.json").read_text())
+    one, other = samples(set())[:2], samples({0})[:2]
+    for model, rows in zip(facts["models"], (one, other)):
+        model["tasks"]["held_out_1"] = summarise(rows).to_json()
+    facts["paired"]["tasks"]["held_out_1"] = paired(one, other).to_json()
+    (chain / "eval/eval.json").write_text(json.dumps(facts))
+    assert main(["report", str(chain)]) == 0
+    text = " ".join(Page((chain / "report.html").read_text()).text.split())
+    assert "sft minus fp8 -100.0 points, 95 % interval –, p = 1" in text
+
+
 def test_bf16_is_what_others_are_compared_with(chain: Path) -> None:
     main(["report", str(chain), "--out", str(chain / "page.html")])
     text = (chain / "page.html").read_text()

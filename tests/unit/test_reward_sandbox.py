@@ -11,16 +11,18 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from infir2.reward import sandbox as module
 from infir2.reward.code import CodeScorer, CodeTests, StdioCase, Verdict, judge, parse_problem
-from infir2.reward.sandbox import Limits, Sandbox, SandboxError, sandbox_report
+from infir2.reward.sandbox import Limits, Sandbox, SandboxError, launch, sandbox_report, usable_cores
 
 LIMITS = Limits(wall_s=20, cpu_s=5, memory_mib=256, processes=8, file_mib=4, folder_mib=8, output_kib=256)
 ROOT = Path(__file__).parents[2]
@@ -287,6 +289,60 @@ def test_nobody_outside_can_be_killed(sandbox: Sandbox) -> None:
         child.wait()
 
 
+@pytest.mark.parametrize("layers", [("namespaces",), ("namespaces", "seccomp"), module.LAYERS])
+def test_the_program_is_alone_in_its_group(sandbox: Sandbox, layers: tuple[str, ...]) -> None:
+    """So kill(0, 9) reaches nobody outside, even where neither users nor Landlock keep them apart."""
+    run = launch("import os\nprint(os.getpgrp(), os.getsid(0))", b"", ("script", "-"), LIMITS, layers)
+    assert run.stdout == b"2 2\n", "0 would be a group from outside"
+    run = launch("import os\nprint(1, flush=True)\nos.kill(0, 9)", b"", ("script", "-"), LIMITS, layers)
+    assert (run.status, run.code, run.stdout) == ("signal", -9, b"1\n")
+
+
+def kill_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is launched from now on loses its outermost process after half a second."""
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        process = real(*arguments, **options)
+        threading.Timer(0.5, process.kill).start()
+        return process
+
+    real = subprocess.Popen
+    monkeypatch.setattr(module.subprocess, "Popen", start)
+
+
+def test_a_cage_that_is_killed_is_a_failed_program_once_the_sandbox_is_proved(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep = "import time; time.sleep(15)"
+    with monkeypatch.context() as patch:
+        kill_launchers(patch)
+        run = sandbox.run_script(sleep)
+        assert (run.status, run.code) == ("signal", -9)
+        assert judge(sleep, PROBLEM, sandbox).outcome == "error"
+        with pytest.raises(SandboxError, match="without a word"):
+            launch(sleep, b"", ("script", "-"), LIMITS, module.LAYERS)
+    monkeypatch.setattr(module, "_LAUNCH", "raise OSError('no such module')  # {root}")
+    with pytest.raises(SandboxError, match=r"without a word: OSError: no such module$"):
+        sandbox.run_script("print(1)")
+
+
+def test_no_more_programs_at_once_than_cores(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module._ROOM._initial_value == usable_cores()  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "_ROOM", threading.BoundedSemaphore(2))
+    source = "import time\nprint(time.monotonic())\ntime.sleep(0.3)\nprint(time.monotonic())"
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda _: sandbox.run_script(source), range(8)))
+    spans = [tuple(map(float, run.stdout.split())) for run in runs]
+    assert max(sum(start <= moment < end for start, end in spans) for moment, _ in spans) <= 2
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    for told, cores in (("max 100000", 6), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 6)):
+        monkeypatch.setattr(Path, "read_text", lambda path, told=told: told)
+        assert usable_cores() == cores
+
+
 def test_links_lead_nowhere(sandbox: Sandbox, canary: Path) -> None:
     run = sandbox.run_script(
         attempts(
@@ -387,6 +443,44 @@ def test_calls_cannot_be_hacked_either(sandbox: Sandbox) -> None:
     }
     for name, hack in hacks.items():
         assert judge(hack, problem, sandbox).outcome != "passed", name
+
+
+LCB_ACCEPTS = {
+    "deep recursion": "def down(k): return k and 1 + down(k - 1)\nprint(down(20000) - 20000 + int(input()))",
+    "names of modules that it did not import": "d = defaultdict(int)\nd[1] += int(sys.stdin.readline())\nprint(d[1])",
+    "built-in pow and open": "print(pow(int(open(0).read()), 1, 7))",
+    "an empty line in front": "print()\nprint(input())",
+    "sys.exit(1) behind the output": "print(input())\nimport sys\nsys.exit(1)",
+    "exit with words": "print(input())\nexit('done')",
+}
+LCB_ACCEPTS_CALLS = {
+    "deep recursion": "def f(n):\n    def down(k): return k and 1 + down(k - 1)\n    return down(20000) - 20000 + n",
+    "json and datetime": "class Solution:\n    def f(self, n): return json.loads(str(n * datetime.timedelta(1).days))",
+    "names of math and operator": "def f(n): return list(accumulate([0, n], add))[-1] + int(sin(0))",
+}
+
+
+def test_what_livecodebench_accepts_is_accepted(sandbox: Sandbox) -> None:
+    script = parse_problem([{"input": "5\n", "output": "5"}])
+    calls = parse_problem({"tests": [{"input": "5", "output": "5", "testtype": "functional"}], "fn_name": "f"})
+    found = {name: judge(program, script, sandbox).outcome for name, program in LCB_ACCEPTS.items()}
+    assert found == dict.fromkeys(LCB_ACCEPTS, "passed")
+    found = {name: judge(program, calls, sandbox).outcome for name, program in LCB_ACCEPTS_CALLS.items()}
+    assert found == dict.fromkeys(LCB_ACCEPTS_CALLS, "passed")
+
+
+def test_every_call_has_the_limits_for_itself() -> None:
+    """Four calls, each well within the limit, all of them together not."""
+    sandbox = Sandbox(Limits(wall_s=3, cpu_s=3))
+    problem = parse_problem({"inputs": [[n] for n in range(4)], "outputs": list(range(4)), "fn_name": "slow"})
+    source = "import time\nseen = []\ndef slow(n):\n    time.sleep(1)\n    seen.append(n)\n    return {}"
+    assert judge(source.format("n"), problem, sandbox) == Verdict(4, 4, "passed")
+    assert judge(source.format("n if len(seen) == 1 else -1"), problem, sandbox).outcome == "passed", "nothing is left"
+
+
+def test_annotations_mean_what_python_makes_of_them(sandbox: Sandbox) -> None:
+    problem = parse_problem({"inputs": [[1]], "outputs": [1], "fn_name": "f"})
+    assert judge("def f(n: int) -> List[int]: return f.__annotations__['n'](n)", problem, sandbox).outcome == "passed"
 
 
 def test_a_batch_is_scored_in_order(sandbox: Sandbox) -> None:

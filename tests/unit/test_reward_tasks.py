@@ -227,6 +227,7 @@ def test_bad_problems(label: object) -> None:
         ("1\n2\n", "1\n2", True), ("1 \n2\n\n", "1\n2", True), ("1.50", "1.5", True), ("1  2", "1 2", True),
         ("0.30000000000000004", "0.3", False), ("1\n\n2", "1\n2", False), ("", "1", False), ("yes", "YES", False),
         ("1e400", "1", False), ("nan", "nan", True), ("NaN", "1", False), ("1" * 5000, "1", False), ("１", "1", True),
+        ("\n\n1", "1", True), ("  1", "1", True), ("5", "5.", True), (".5", "0.5", True), ("5", ".", False),
     ],
 )  # fmt: skip
 def test_same_output(printed: str, expected: str, same: bool) -> None:
