@@ -38,7 +38,7 @@ class RolloutSection(Section):
     """Samples of each prompt: its group."""
     max_new_tokens: PositiveInt = 8192
     """Longest response."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=1e-5)] = 1.0  # what is below is greedy to the engine
     """Sampling temperature; the trainer computes its log-probabilities under the same one. No top-p, no top-k."""
     filter_groups: bool = True
     """Leave out groups whose rewards are all the same, and sample other prompts in their place (DAPO)."""

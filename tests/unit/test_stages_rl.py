@@ -217,6 +217,7 @@ def test_dry_run_reads_the_prompts_and_writes_nothing(recipe: Recipe, capsys: py
         ({"reward.kind": "choice"}, "bad_label"),
         ({"fp8.recipe": "blockwise", "fp8.head": True}, "fp8.head: the engine's log-probabilities come from a bf16"),
         ({"data.train": "nowhere.jsonl"}, "data.train: nowhere.jsonl: no such file or folder"),
+        ({"rollout.temperature": 1e-6}, "rollout.temperature"),
         ({"rollout.temprature": 1}, "rollout.temprature: unknown key. Did you mean 'temperature'"),
     ],
 )
