@@ -41,7 +41,8 @@ class RolloutSection(Section):
     temperature: Annotated[float, Field(ge=1e-5)] = 1.0  # what is below is greedy to the engine
     """Sampling temperature; the trainer computes its log-probabilities under the same one. No top-p, no top-k."""
     filter_groups: bool = True
-    """Leave out groups whose rewards are all the same, and sample other prompts in their place (DAPO)."""
+    """Leave out groups whose scores, the penalty of reward.overlong_buffer aside, are all the same, and sample other
+    prompts in their place (DAPO)."""
     oversample: PositiveInt = 3
     """Prompts tried for one rollout, at most, in multiples of prompts."""
     cache_tokens: PositiveInt = 262_144

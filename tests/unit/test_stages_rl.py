@@ -186,6 +186,18 @@ def test_mismatch_raises_an_alarm(recipe: Recipe) -> None:
     assert alarms[0]["token_mult_prob_error"] > alarms[0]["limit"]
 
 
+def test_wrong_answers_of_different_length_are_no_spread(recipe: Recipe, tmp_path: Path) -> None:
+    wrong = small_rl.write_prompts(tmp_path / "wrong.jsonl", label="1234")
+    path, run = recipe(**{"train.steps": 1, "train.eval_every": 0, "train.save_every": 0, "data.train": str(wrong),
+                          "reward.overlong_buffer": 16, "rollout.temperature": 2.0})  # fmt: skip
+    assert rl(path) == 0
+    (step,) = metrics_lines(run)
+    assert step["accuracy"] == 0
+    assert step["reward"] < 0
+    assert (step["groups_with_spread"], step["sampled_groups"], step["kept_groups"]) == (0, 12, 1)
+    assert [line["event"] for line in metrics_lines(run, "event")].count("no_spread") == 1
+
+
 def test_the_report_shows_reward_and_completions(recipe: Recipe, tmp_path: Path) -> None:
     path, run = recipe(**{"train.steps": 4})
     assert rl(path) == 0
