@@ -74,7 +74,8 @@ class RlLoop:
                 yield share
 
     def step_values(self, step: int, result: StepResult) -> dict[str, float]:
-        """Numbers for a step's line of metrics; those of a rollout stand on the line of its first step."""
+        """Numbers for the next line of metrics: those of a rollout come after its first step. Raises the alarm where
+        trainer and engine disagree."""
         values, self._values = self._values, {}
         self._wait_for_device()
         values["update_s"] = time.perf_counter() - self._handed_out

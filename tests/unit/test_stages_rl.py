@@ -186,6 +186,23 @@ def test_mismatch_raises_an_alarm(recipe: Recipe) -> None:
     assert alarms[0]["token_mult_prob_error"] > alarms[0]["limit"]
 
 
+def test_steps_without_a_line_raise_alarms_and_lose_no_rollout(recipe: Recipe) -> None:
+    settings = {"train.steps": 8, "train.global_batch": 8, "train.save_every": 4, "train.eval_every": 0,
+                "policy.mismatch_limit": 1.0000000001}  # fmt: skip
+    runs = []
+    for every in (1, 6):
+        path, run = recipe(f"every-{every}", **settings, **{"log.every": every})
+        assert rl(path) == 0
+        runs.append(run)
+    alarms = [[line["step"] for line in metrics_lines(run, "event") if line["event"] == "mismatch"] for run in runs]
+    assert alarms[0] == alarms[1] != []
+    all_lines, few = metrics_lines(runs[0]), metrics_lines(runs[1])
+    assert [line["step"] for line in few] == [6, 8]
+    assert [line["step"] for line in all_lines if "reward" in line] == [1, 5]
+    assert [line.get("reward") for line in few] == [all_lines[4]["reward"], None]
+    assert few[0]["response_length"] == all_lines[4]["response_length"]
+
+
 def test_wrong_answers_of_different_length_are_no_spread(recipe: Recipe, tmp_path: Path) -> None:
     wrong = small_rl.write_prompts(tmp_path / "wrong.jsonl", label="1234")
     path, run = recipe(**{"train.steps": 1, "train.eval_every": 0, "train.save_every": 0, "data.train": str(wrong),
