@@ -134,7 +134,7 @@ class Wiring:
         self.data, self.scorer, self.world = data, scorer, world
 
     def begin(self, model: "CausalLM", progress: "Progress", metrics: "MetricsWriter") -> None:
-        """Make engine, collector and loop; evaluate before the first step of a run."""
+        """Make engine, collector and loop; evaluate before the first step of a run, or what a signal cut short."""
         import torch
 
         from infir2.data.tokenizer import load_tokenizer
@@ -152,6 +152,7 @@ class Wiring:
             engine, self.scorer, config.rollout, config.reward, sorted(stop_ids), config.train.seed, metrics.activity
         )
         dtype = getattr(torch, config.model.dtype)
+        owed = evaluation_owed(config, progress.step)
         self.progress = progress
         self.loop = RlLoop(
             config=config,
@@ -163,10 +164,20 @@ class Wiring:
             attention_for=lambda batch: document_attention(batch, dtype),
             reference=reference_model(config, self.architecture, self.world) if config.policy.kl_coef else None,
             metrics=metrics,
-            samples=SampleLog(Path(config.run), progress.step),
+            samples=SampleLog(Path(config.run), progress.step, evaluates_again=owed),
         )
-        if config.train.eval_every and progress.step == 0:
-            metrics.log(0, self.loop.evaluate(0), kind="eval")
+        if owed:
+            metrics.log(progress.step, self.loop.evaluate(progress.step), kind="eval")
+
+
+def evaluation_owed(config: RlConfig, step: int) -> bool:
+    """Whether the weights of ``step``, which training goes on from, should have been evaluated and were not."""
+    from infir2.train.metrics import read_metrics
+
+    if not config.train.eval_every or step % config.train.eval_every:
+        return False
+    lines = read_metrics(Path(config.run) / "metrics.jsonl")
+    return not any((line["kind"], line["step"]) == ("eval", step) for line in lines)
 
 
 def read_data(config: RlConfig, chat: "ChatTokenizer", scorer: "Scorer", show_progress: bool) -> "list[PromptSet]":

@@ -139,7 +139,8 @@ def train(
                     metrics.event(step, "skip", loss=result.loss, grad_norm=result.grad_norm)
             _check_skips(progress, result, config.max_skipped_steps, last)
             if config.eval_every and (step % config.eval_every == 0 or last):
-                held_out = callbacks.evaluate(interrupt.check)
+                # Behind the last step nothing would make up for an evaluation that was given up.
+                held_out = callbacks.evaluate((lambda: None) if last else interrupt.check)
                 with interrupt.deferring():
                     if held_out:
                         metrics.log(step, held_out, kind="eval")

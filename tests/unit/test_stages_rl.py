@@ -146,22 +146,47 @@ def test_sigterm_drops_the_rollout_and_a_resume_makes_it_again(
     assert read_samples(run) == read_samples(whole)
 
 
-def test_sigterm_gives_up_an_evaluation_but_not_the_step_before_it(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, run = recipe(**{"train.steps": 4, "train.eval_every": 2, "train.save_every": 0})
-    collect = Collector.sample
+def signal_in_evaluation(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """SIGTERM when evaluation ``number`` (from 0) begins to sample."""
+    collect, seen = Collector.sample, []
 
     def sample_and_signal(self: Collector, rows: Any, params: Any, stream: str, *rest: Any) -> Any:
-        if stream == "eval" and (run / "samples.jsonl").read_text().count("train"):
-            os.kill(os.getpid(), signal.SIGTERM)
+        if stream == "eval":
+            seen.append(stream)
+            if len(seen) == number + 1:
+                os.kill(os.getpid(), signal.SIGTERM)
         return collect(self, rows, params, stream, *rest)
 
     monkeypatch.setattr(Collector, "sample", sample_and_signal)
+
+
+def test_sigterm_gives_up_an_evaluation_and_a_resume_makes_it_again(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"train.steps": 4, "train.eval_every": 2, "train.save_every": 0}
+    whole_path, whole = recipe("whole", **settings)
+    assert rl(whole_path) == 0
+    path, run = recipe("stopped", **settings)
+    signal_in_evaluation(monkeypatch, 1)
     assert rl(path) == 128 + signal.SIGTERM
+    monkeypatch.undo()
     assert [line["step"] for line in metrics_lines(run, "eval")] == [0]
     assert metrics_lines(run, "event")[-1]["step"] == 2
-    assert (run / "checkpoints/step-000002").is_dir()
+    assert (run / "checkpoints/step-000002").is_dir(), "the step before it is not given up"
+    # As a kill leaves it after the evaluation's samples and before its line.
+    shown = [line for line in read_samples(whole) if (line["step"], line["kind"]) == (2, "eval")]
+    with open(run / "samples.jsonl", "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in shown))
+    assert rl(path) == 0
+    assert numbers(run) == numbers(whole)
+    assert read_samples(run) == read_samples(whole)
+
+
+def test_the_last_evaluation_is_not_given_up(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, run = recipe(**{"train.steps": 4, "train.eval_every": 2, "train.save_every": 0})
+    signal_in_evaluation(monkeypatch, 2)
+    assert rl(path) == 0
+    assert [line["step"] for line in metrics_lines(run, "eval")] == [0, 2, 4]
 
 
 def test_stage_two_starts_from_stage_one(recipe: Recipe) -> None:
