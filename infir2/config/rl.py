@@ -8,6 +8,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from infir2.config.section import Count, Section
 from infir2.config.training import LoopSection, SftInitSection, TrainingConfig, TrainSection, check_ramps
 
+_BLOCK = 16
+"""Tokens of a block of the engine's cache (block_size of infir2/rollout/options.py)."""
+
 
 class RlDataSection(Section):
     """What reinforcement learning asks the model: prompts, one a row, each with what its answers are scored against."""
@@ -46,7 +49,7 @@ class RolloutSection(Section):
     oversample: PositiveInt = 3
     """Prompts tried for one rollout, at most, in multiples of prompts."""
     cache_tokens: PositiveInt = 262_144
-    """Tokens whose keys and values the engine's cache holds."""
+    """Tokens whose keys and values the engine's cache holds; room for the longest prompt and response at least."""
     max_sequences: PositiveInt = 256
     """Samples that run at once."""
     max_batch_tokens: PositiveInt = 8192
@@ -132,6 +135,15 @@ class RlConfig(TrainingConfig):
         return longest, "data.max_prompt_tokens + rollout.max_new_tokens"
 
     @property
+    def longest_sample(self) -> tuple[int, str]:
+        """Tokens of the longest prompt and response that the engine may have to make, and the keys that say so."""
+        longest, keys = self.longest
+        evaluated = self.data.max_prompt_tokens + self.eval.max_new_tokens
+        if self.train.eval_every and evaluated > longest:
+            return evaluated, "data.max_prompt_tokens + eval.max_new_tokens"
+        return longest, keys
+
+    @property
     def updates(self) -> int:
         """Optimiser steps that one rollout serves."""
         return self.rollout.prompts * self.rollout.samples // self.train.global_batch
@@ -159,6 +171,16 @@ class RlConfig(TrainingConfig):
         longest, keys = self.longest
         if longest > data.max_tokens_per_gpu:
             raise ValueError(f"{keys} ({longest}) exceed data.max_tokens_per_gpu ({data.max_tokens_per_gpu})")
+        longest, keys = self.longest_sample
+        if longest > rollout.cache_tokens // _BLOCK * _BLOCK:
+            raise ValueError(
+                f"{keys} ({longest}) exceed rollout.cache_tokens ({rollout.cache_tokens}, in whole blocks of {_BLOCK})"
+            )
+        if rollout.max_sequences > rollout.max_batch_tokens:
+            raise ValueError(
+                f"rollout.max_sequences ({rollout.max_sequences}) is above rollout.max_batch_tokens "
+                f"({rollout.max_batch_tokens}): every sequence decodes a token in one forward pass"
+            )
         if self.fp8.head:
             raise ValueError("fp8.head: the engine's log-probabilities come from a bf16 head; leave it off")
         if self.reward.overlong_buffer > rollout.max_new_tokens:

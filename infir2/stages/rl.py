@@ -57,9 +57,8 @@ def run(args: argparse.Namespace) -> int:
 def plan(config: RlConfig, world: "World") -> str:
     """What the recipe would do, for people; nothing is written."""
     from infir2.stages.dry_run import GIB, Workload, describe_run
-    from infir2.stages.sft import open_model
 
-    chat, _, architecture = open_model(config)
+    chat, _, architecture = open_policy(config)
     data = read_data(config, chat, make_scorer(config.reward), show_progress=True)
     train, rollout = config.train, config.rollout
     longest, _ = config.longest
@@ -83,10 +82,10 @@ def train_rl(config: RlConfig, world: "World") -> "signal.Signals | None":
     from infir2.data.prompts import order_fingerprint
     from infir2.model.attention import document_attention
     from infir2.rl.objective import PolicyObjective
-    from infir2.stages.sft import keep_tokenizer, open_model
+    from infir2.stages.sft import keep_tokenizer
     from infir2.stages.training import StageData, run_training
 
-    chat, tokenizer, architecture = open_model(config)
+    chat, tokenizer, architecture = open_policy(config)
     scorer = make_scorer(config.reward)
     data = read_data(config, chat, scorer, show_progress=world.is_main)
     print("\n".join(_data_lines(config, data)))
@@ -180,11 +179,20 @@ def evaluation_owed(config: RlConfig, step: int) -> bool:
     return not any((line["kind"], line["step"]) == ("eval", step) for line in lines)
 
 
+def open_policy(config: RlConfig) -> "tuple[ChatTokenizer, Path, ModelConfig]":
+    """The recipe's chat tokenizer, its folder, and the architecture; checks that they fit each other and any sample."""
+    from infir2.stages.sft import open_model
+
+    chat, tokenizer, architecture = open_model(config)
+    architecture.check_sequence_length(*config.longest_sample)
+    return chat, tokenizer, architecture
+
+
 def read_data(config: RlConfig, chat: "ChatTokenizer", scorer: "Scorer", show_progress: bool) -> "list[PromptSet]":
-    """The prompts to train on and, where the recipe names them, the held-out ones."""
+    """The prompts to train on, enough for a rollout, and, where the recipe names them, the held-out ones."""
     from infir2.data.conversations import RowSource
     from infir2.data.documents import RowLedger
-    from infir2.data.prompts import prompt_row, read_prompts
+    from infir2.data.prompts import PromptOrder, prompt_row, read_prompts
     from infir2.stages.sft import progress_bar
 
     data = config.data
@@ -197,6 +205,7 @@ def read_data(config: RlConfig, chat: "ChatTokenizer", scorer: "Scorer", show_pr
             # A response without an answer is scored at once, but not before the label was looked at.
             check = lambda label: scorer.score_many([("", label)])  # noqa: E731
             found.append(read_prompts(source, chat, data.max_prompt_tokens, ledger, check, progress))
+    PromptOrder(len(found[0]), config.train.seed, config.rollout.prompts)  # raises where they do not fill a rollout
     return found
 
 

@@ -271,6 +271,19 @@ def test_dry_run_reads_the_prompts_and_writes_nothing(recipe: Recipe, capsys: py
         ({"reward.kind": "choice"}, "bad_label"),
         ({"fp8.recipe": "blockwise", "fp8.head": True}, "fp8.head: the engine's log-probabilities come from a bf16"),
         ({"data.train": "nowhere.jsonl"}, "data.train: nowhere.jsonl: no such file or folder"),
+        (
+            {"rollout.cache_tokens": 79, "rollout.max_new_tokens": 32},
+            r"rollout.max_new_tokens \(80\) exceed rollout.cache_tokens \(79, in whole blocks of 16\)",
+        ),
+        (
+            {"rollout.cache_tokens": 95, "eval.max_new_tokens": 33},
+            r"max_prompt_tokens \+ eval.max_new_tokens \(81\) exceed rollout.cache_tokens \(95, in whole blocks of 16",
+        ),
+        (
+            {"eval.max_new_tokens": 209},
+            r"data.max_prompt_tokens \+ eval.max_new_tokens: 257 tokens exceed the model's max_position_embeddings",
+        ),
+        ({"rollout.max_batch_tokens": 16}, r"rollout.max_sequences \(32\) is above rollout.max_batch_tokens \(16\)"),
         ({"rollout.temperature": 1e-6}, "rollout.temperature"),
         ({"rollout.temprature": 1}, "rollout.temprature: unknown key. Did you mean 'temperature'"),
     ],
@@ -280,9 +293,20 @@ def test_mistakes_are_explained(
 ) -> None:
     import re
 
-    path, _ = recipe(**overrides)
-    assert rl(path) == 2
-    assert re.search(message, capsys.readouterr().err)
+    path, run = recipe(**overrides)
+    for words in (["--dry-run"], []):
+        assert rl(path, *words) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert not (run / "checkpoints").exists()
+
+
+def test_a_cache_of_one_longest_sample_suffices(recipe: Recipe) -> None:
+    """Without evaluations nobody needs room for their responses."""
+    path, run = recipe(**{"rollout.cache_tokens": 64, "eval.max_new_tokens": 400, "train.eval_every": 0,
+                          "train.steps": 1, "train.save_every": 0})  # fmt: skip
+    assert load(RlConfig, path).longest_sample[0] == 64
+    assert rl(path) == 0
+    assert metrics_lines(run)[0]["sampled_groups"] >= 4
 
 
 @pytest.mark.parametrize(
