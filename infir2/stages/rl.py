@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infir2.config import RewardSection, RlConfig, describe, load
-from infir2.errors import ConfigError
+from infir2.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from infir2.data.chat import ChatTokenizer
@@ -152,6 +152,9 @@ class Wiring:
         )
         dtype = getattr(torch, config.model.dtype)
         owed = evaluation_owed(config, progress.step)
+        reference = None
+        if config.policy.kl_coef:
+            reference = reference_model(config, self.architecture, self.world, model, progress.step, metrics)
         self.progress = progress
         self.loop = RlLoop(
             config=config,
@@ -161,7 +164,7 @@ class Wiring:
             prompts=self.data[0].prompts,
             held_out=self.data[1].prompts if len(self.data) > 1 else (),
             attention_for=lambda batch: document_attention(batch, dtype),
-            reference=reference_model(config, self.architecture, self.world) if config.policy.kl_coef else None,
+            reference=reference,
             metrics=metrics,
             samples=SampleLog(Path(config.run), progress.step, evaluates_again=owed),
         )
@@ -239,19 +242,78 @@ def engine_options(config: RlConfig) -> "EngineOptions":
     )
 
 
-def reference_model(config: RlConfig, architecture: "ModelConfig", world: "World") -> "CausalLM":
-    """The model that the run started from, frozen, whatever has been trained since."""
+_CURE = "Put them back, or name other weights in the recipe and resume with --train.accept_changes true"
+
+
+def reference_model(
+    config: RlConfig,
+    architecture: "ModelConfig",
+    world: "World",
+    model: "CausalLM",
+    step: int,
+    metrics: "MetricsWriter",
+) -> "CausalLM":
+    """The model that the run started from, frozen, whatever has been trained or saved since. ``model`` is the policy
+    after ``step`` optimiser steps.
+
+    Raises CheckpointError where the weights that the run has referred to so far are gone, changed or unknown.
+    """
+    from infir2.fp8.convert import refresh_weights
+    from infir2.rl.reference import FILE, Reference, read_reference, write_reference
+    from infir2.rollout.checksum import weights_checksum
+
+    run, named = Path(config.run), _start_named(config)
+    known = read_reference(run) if step else None
+    if known is not None and known.named != named:
+        known = None  # a change of recipe that was accepted, else there would be no resume
+    if step and known is None and not config.train.accept_changes:
+        raise CheckpointError(
+            f"{run / FILE}: does not say which weights the KL term has referred to so far; to take those of {named} as "
+            "they are now, resume with --train.accept_changes true"
+        )
+    reference, path = _load_start(config, architecture, world, known.path if known else None)
+    found = weights_checksum(reference, codes=False)
+    if known is not None and found != known.checksum:
+        raise CheckpointError(f"{path}: not the weights that the KL term of {run} has referred to so far. {_CURE}")
+    if step == 0 and found != weights_checksum(model, codes=False):
+        raise CheckpointError(f"{named}: other weights were put there while the run started; start it again")
+    if known is None:
+        write_reference(run, Reference(named, path, found))
+        metrics.event(step, "reference", **{"from": path or named})
+    refresh_weights(reference)
+    return reference.requires_grad_(False)
+
+
+def _start_named(config: RlConfig) -> str:
+    """How the recipe names the weights that training starts from."""
+    if config.init.checkpoint is not None:
+        return f"init.checkpoint = {config.init.checkpoint}"
+    if config.model.path is not None:
+        return f"model.path = {config.model.path}"
+    return f"model.preset = {config.model.preset}"
+
+
+def _load_start(
+    config: RlConfig, architecture: "ModelConfig", world: "World", path: str | None
+) -> "tuple[CausalLM, str | None]":
+    """The weights that training starts from and the folder they lie in: ``path``, else the one that the recipe means
+    now. Raises CheckpointError where that folder is not there."""
     from infir2.checkpoint.state import model_state
     from infir2.checkpoint.store import CheckpointStore
-    from infir2.fp8.convert import refresh_weights
     from infir2.stages.training import build_model
 
+    if path is not None and not Path(path).is_dir():
+        raise CheckpointError(f"{path}: the weights that the KL term of {config.run} refers to are gone. {_CURE}")
+    if config.init.checkpoint is None and config.model.path is not None:
+        path = path or str(Path(config.model.path).resolve())
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
     model, _ = build_model(config, architecture, world)
     if config.init.checkpoint is not None:
         store = CheckpointStore(Path(config.run) / "checkpoints")
-        store.load(store.find(config.init.checkpoint), {"model": model_state(model)}, ("optim",))
-    refresh_weights(model)
-    return model.requires_grad_(False)
+        source = store.find(path or config.init.checkpoint)
+        store.load(source, {"model": model_state(model)}, ("optim",))
+        path = str(source.resolve())
+    return model, path
 
 
 def _data_lines(config: RlConfig, data: "Sequence[PromptSet]") -> list[str]:

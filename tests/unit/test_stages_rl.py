@@ -202,6 +202,69 @@ def test_stage_two_starts_from_stage_one(recipe: Recipe) -> None:
     assert all(step["logprob_diff"] < 1e-5 for step in metrics_lines(two)), "the trainer knows the temperature"
 
 
+def without_model(path: Path) -> Path:
+    """The recipe starts from init.checkpoint alone."""
+    lines = path.read_text().splitlines()
+    path.write_text("".join(f"{line}\n" for line in lines if not line.startswith("path = ")))
+    return path
+
+
+def test_the_reference_stays_what_the_run_started_from(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """init.checkpoint names a run folder, and that run goes on between start and resume."""
+    before = {"train.eval_every": 0, "train.steps": 2}
+    assert rl(recipe("before", **before)[0]) == 0
+    settings = {"init.checkpoint": str(tmp_path / "before"), "policy.kl_coef": 0.1, "train.steps": 4}
+    whole_path, whole = recipe("whole", **settings)
+    assert rl(without_model(whole_path)) == 0
+    path, run = recipe("parts", **settings)
+    assert rl(without_model(path), "--train.steps", "2") == 0
+    first = tmp_path / "before/checkpoints/step-000002"
+    assert json.loads((run / "reference.json").read_text())["path"] == str(first)
+    assert rl(recipe("before", **before | {"train.steps": 4, "train.keep_checkpoints": 0})[0]) == 0
+    assert rl(path) == 0
+    assert numbers(run) == numbers(whole)
+    assert [line["from"] for line in metrics_lines(run, "event") if line["event"] == "reference"] == [str(first)]
+
+    capsys.readouterr()
+    for newer, message in (
+        (lambda: first.rename(tmp_path / "kept"), f"{first}: the weights that the KL term of {run} refers to are gone"),
+        (lambda: (tmp_path / "before/checkpoints/step-000004").rename(first), f"{first}: not the weights that the KL"),
+    ):
+        newer()
+        assert rl(path, "--train.steps", "6") == 2
+        assert message in capsys.readouterr().err
+    other = ("--train.steps", "6", "--init.checkpoint", str(tmp_path / "kept"))
+    assert rl(path, *other) == 2
+    assert f"another recipe: init.checkpoint: {tmp_path / 'before'} -> {tmp_path / 'kept'}" in capsys.readouterr().err
+    assert rl(path, *other, "--train.accept_changes", "true") == 0
+    assert json.loads((run / "reference.json").read_text())["path"] == str(tmp_path / "kept")
+
+
+def test_a_changed_model_folder_is_no_reference(
+    recipe: Recipe, policy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import shutil
+
+    folder = tmp_path / "policy"
+    shutil.copytree(policy, folder)
+    settings = {"model.path": str(folder), "policy.kl_coef": 0.1, "train.eval_every": 0, "train.save_every": 1}
+    path, run = recipe(**settings)
+    assert rl(path, "--train.steps", "1") == 0
+    (run / "reference.json").rename(tmp_path / "reference.json")
+    assert rl(path, "--train.steps", "2") == 2
+    assert "reference.json: does not say which weights the KL term has referred to" in capsys.readouterr().err
+    (tmp_path / "reference.json").rename(run / "reference.json")
+    assert rl(path, "--train.steps", "2") == 0
+    small_rl.write_policy(tmp_path / "other/hf", steps=1)
+    shutil.copy(tmp_path / "other/hf/model.safetensors", folder / "model.safetensors")
+    assert rl(path, "--train.steps", "3") == 2
+    assert f"{folder}: not the weights that the KL term of {run} has referred to" in capsys.readouterr().err
+    assert rl(path, "--train.steps", "3", "--model.path", str(policy)) == 2
+    assert "another recipe: model.path" in capsys.readouterr().err
+
+
 def test_mismatch_raises_an_alarm(recipe: Recipe) -> None:
     path, run = recipe(**{"train.steps": 2, "fp8.recipe": "blockwise", "model.dtype": "bfloat16",
                           "policy.mismatch_limit": 1.0000001})  # fmt: skip
