@@ -16,13 +16,14 @@ from starlette.websockets import WebSocketDisconnect
 
 from infir2.errors import ConfigError
 from infir2.rollout.engine import Engine
-from infir2.rollout.records import Request, SamplingParams, TokenEvent
+from infir2.rollout.records import Completion, Request, SamplingParams, TokenEvent
 from infir2.serve.app import Server, make_app
 from infir2.serve.engine_thread import EngineThread
 from infir2.serve.errors import ApiError
 from infir2.serve.limits import Limits
 from infir2.serve.prompts import ServedModel
 from infir2.serve.protocol import ChatRequest, CompletionRequest, parse
+from infir2.serve.responses import Answer
 from infir2.serve.text import PieceStream
 from infir2.stages.inference import InferenceOptions, load_engine
 from infir2.stages.serve import api_key
@@ -159,6 +160,25 @@ def test_a_body_that_never_ends_is_given_up(client: TestClient) -> None:
             "messages.0.content.0.type: input should be 'text'",
         ),
         (b'{"model": "m", "messages": [], "temperature": NaN}', "temperature: input should be a finite number"),
+        (
+            b'{"model": "m", "messages": [{"role": "user", "content": "a", "reasoning_content": "b"}]}',
+            "messages.0.reasoning_content: unknown parameter",
+        ),
+        (
+            b'{"model": "m", "messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}]}',
+            "messages.0.tool_calls: unknown parameter",
+        ),
+        (
+            b'{"model": "m", "messages": [{"role": "user", "content": "a", "name": 1}]}',
+            "messages.0.name: unknown parameter",
+        ),
+        (b'{"model": "m", "messages": [], "min_tokens": 2}', "min_tokens: this server does not support it beyond 0"),
+        (
+            b'{"model": "m", "messages": [], "stream": true, "stream_options": {"continuous_usage_stats": true}}',
+            "stream_options.continuous_usage_stats: input should be False",
+        ),
+        (b'{"model": "m", "messages": [], "stream": 1}', "stream: input should be a valid boolean"),
+        (b'{"model": "m", "messages": [], "stop": [1]}', "stop.0: input should be a valid string"),
         (b'{"model": "m", "messages": [], "n": true}', "n: input should be a valid integer"),
         (b'{"model": "m", "messages": [], "temperature": "1"}', "temperature: input should be a valid number"),
         (b'{"model": "m", "messages": [], "seed": 9223372036854775808}', "seed: input should be less than"),
@@ -177,11 +197,38 @@ def test_fields_that_ask_for_nothing_are_no_error() -> None:
         "tools": [], "user": "me", "seed": None, "response_format": {"type": "text"}, "top_k": -1,
     }  # fmt: skip
     assert parse(ChatRequest, json.dumps(body).encode()).top_k == -1
+    neutral = {
+        "model": "m", "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": False},
+        "min_tokens": 0, "include_stop_str_in_output": False, "add_generation_prompt": True,
+        "messages": [
+            {"role": "user", "content": "a", "name": "bob"},
+            {"role": "assistant", "content": "b", "tool_calls": [], "annotations": [], "reasoning_content": "hm"},
+        ],
+    }  # fmt: skip
+    asked = parse(ChatRequest, json.dumps(neutral).encode())
+    assert [m.plain() for m in asked.messages] == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     message = {"role": "developer", "content": parts}
     joined = parse(ChatRequest, json.dumps({"model": "m", "messages": [message]}).encode()).messages[0].plain()
     assert joined == {"role": "system", "content": "ab"}
     assert parse(CompletionRequest, b'{"model": "m", "prompt": [[1, 2], [3]]}').prompt == [[1, 2], [3]]
+
+
+def test_alternatives_of_a_completion_name_the_token_and_the_likeliest_of_each_text() -> None:
+    class Names:
+        def decode(self, tokens: list[int], **_: Any) -> str:
+            return "".join({1: "a", 2: "\ufffd", 3: "\ufffd", 4: "b"}[token] for token in tokens)
+
+    answer = Answer("text", "m", Names(), 3, False)
+    top = ((2, -0.1), (1, -2.0), (3, -5.0))
+    events = [TokenEvent("r", 0, token, logprob, logprob, top, None) for token, logprob in ((4, -7.0), (3, -5.0))]
+    completion = Completion("r", 0, (4, 3), (-7.0, -5.0), (0, 0), "length", 1, 0, None, "b\ufffd")
+    logprobs = answer.choice(0, completion, events)["logprobs"]
+    assert logprobs["top_logprobs"] == [{"\ufffd": -0.1, "a": -2.0, "b": -7.0}, {"\ufffd": -0.1, "a": -2.0}]
+    assert logprobs["token_logprobs"] == [-7.0, -5.0]
 
 
 @pytest.mark.parametrize("stop", [(), ("\n\n",), ("ab", "abc"), ("the cat",)])
