@@ -104,6 +104,14 @@ class Engine:
         """End what is unfinished of a request and free its blocks; what it had is returned. Unknown ids: nothing."""
         return [self._finish(sequence, "abort") for sequence in list(self._unfinished.get(request_id, ()))]
 
+    def abort_running(self) -> frozenset[str]:
+        """After a step that failed: end the requests that run, and free their blocks. Those that only wait go on, and
+        their ids are returned; but where none runs, all are ended, since any of them may be what failed."""
+        running = {sequence.request_id for sequence in self._scheduler.running} or set(self._unfinished)
+        for request_id in running:
+            self.abort(request_id)
+        return frozenset(self._unfinished)
+
     @property
     def has_unfinished(self) -> bool:
         return bool(self._unfinished)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from starlette.websockets import WebSocketDisconnect
 
 from infir2.errors import ConfigError
 from infir2.rollout.engine import Engine
+from infir2.rollout.options import EngineOptions
 from infir2.rollout.records import Completion, Request, SamplingParams, TokenEvent
 from infir2.serve.app import Server, make_app
-from infir2.serve.engine_thread import EngineThread
+from infir2.serve.engine_thread import EngineFault, EngineThread, Stream
 from infir2.serve.errors import ApiError
 from infir2.serve.limits import Limits
 from infir2.serve.prompts import ServedModel
@@ -110,6 +112,78 @@ def test_a_fault_of_the_engine_is_told_and_leaves_nothing(client: TestClient, en
     engine.flush_cache()  # the broken weights' keys and values
     assert client.get("/health").json() == {"status": "ok"}
     assert ask(client, seed=1).json()["choices"] == before
+
+
+def test_a_fault_ends_only_what_the_failed_step_computed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request runs, one waits for its place in the engine, one has not reached the engine yet."""
+    one_place = Engine(engine.model, engine.tokenizer, EngineOptions(cache_tokens=2048, max_sequences=1))
+    one_place.wake()
+    asked = Request((1, 2, 3), SamplingParams(max_new_tokens=4, seed=1, ignore_eos=True))
+    step, state = one_place.step, {"steps": 0}
+
+    async def read(stream: Stream) -> Any:
+        with stream:
+            try:
+                return [event.token_id async for events in stream for event in events]
+            except EngineFault as error:
+                return str(error)
+
+    async def serve() -> list[Any]:
+        thread, loop = EngineThread(one_place, 8), asyncio.get_running_loop()
+        submitted = threading.Event()
+        late: list[Stream] = []
+
+        def submit_late() -> None:
+            late.append(thread.submit(asked))
+            submitted.set()
+
+        def failing() -> Any:
+            state["steps"] += 1
+            if state["steps"] != 2:
+                return step()
+            step()  # computed, and then lost
+            loop.call_soon_threadsafe(submit_late)
+            submitted.wait(30)
+            raise RuntimeError("broken")
+
+        monkeypatch.setattr(one_place, "step", failing)
+        thread.start()
+        streams = [thread.submit(asked), thread.submit(asked)]
+        first, second = await asyncio.gather(*map(read, streams))
+        answers = [first, second, await read(late[0])]
+        await thread.stop()
+        assert (thread.open_streams, thread.faults) == (0, 1)
+        return answers
+
+    first, second, third = asyncio.run(serve())
+    assert first == "the engine failed: RuntimeError: broken"
+    assert second == third == list(one_place.generate([asked])[0][0].token_ids)
+    assert one_place.stats().blocks_held == 0
+
+
+def test_a_fault_with_nothing_running_ends_all(engine: Engine) -> None:
+    waiting = Engine(engine.model, engine.tokenizer, EngineOptions(cache_tokens=2048))
+    for _ in range(2):
+        waiting.add_request(Request((1, 2), SamplingParams(n=2)))
+    assert waiting.abort_running() == frozenset()
+    assert not waiting.has_unfinished
+
+
+def test_who_has_everything_hears_of_no_fault(engine: Engine) -> None:
+    """The last tokens are delivered but not read when another request's step fails."""
+
+    async def serve() -> list[list[int]]:
+        thread = EngineThread(engine, 8)
+        thread.start()
+        with thread.submit(Request((1, 2, 3), SamplingParams(max_new_tokens=4, ignore_eos=True))) as stream:
+            while stream._to_come:
+                await asyncio.sleep(0.01)
+            thread._fault("broken", frozenset(), engine.stats())
+            tokens = [[event.token_id for event in events] async for events in stream]
+        await thread.stop()
+        return tokens
+
+    assert len(asyncio.run(serve())[0]) == 4
 
 
 def test_limits(client: TestClient) -> None:
