@@ -96,6 +96,8 @@ class Collector:
         )
         while rows:
             groups = self.sample([(row, prompts[row]) for row in rows], params, str(number), done.seconds, interrupted)
+            if interrupted():  # while they were scored; an evaluation is worth keeping then, a rollout is not
+                raise Interrupted
             done.sampled += groups
             done.kept += [g for g in groups if not settings.filter_groups or g.has_spread]
             missing = settings.prompts - len(done.kept)

@@ -146,3 +146,18 @@ def test_an_interrupted_rollout_leaves_nothing_behind(engine: Engine) -> None:
         collector.collect(prompts(*["some"] * COUNT), PromptOrder(COUNT, 1, 4), 0, lambda: next(answers))
     assert not engine.has_unfinished
     assert engine.stats().blocks_held == 0
+
+
+def test_a_rollout_interrupted_while_it_is_scored_is_given_up(engine: Engine) -> None:
+    rollout = RolloutSection(prompts=4, samples=4, max_new_tokens=8)
+    scorer, scored = ByRule(), []
+
+    class Noting(ByRule):
+        def score_many(self, pairs: Sequence[tuple[str, Any]]) -> list[Score]:
+            scored.append(len(pairs))
+            return scorer.score_many(pairs)
+
+    collector = Collector(engine, Noting(), rollout, RewardSection(), [], seed=9)
+    with pytest.raises(Interrupted):
+        collector.collect(prompts(*["some"] * COUNT), PromptOrder(COUNT, 1, 4), 0, lambda: bool(scored))
+    assert scored == [16]
