@@ -45,7 +45,7 @@ from infir2.reward.score import Scorer
 from infir2.rollout.engine import Engine
 from infir2.rollout.records import Request, SamplingParams
 from infir2.stages.environment import environment
-from infir2.stages.rl import engine_options, reference_model, train_rl
+from infir2.stages.rl import engine_options, start_model, train_rl
 from infir2.stages.sft import open_model, train_sft
 from infir2.train.metrics import read_metrics
 
@@ -151,7 +151,7 @@ class Examiner:
         self.scorer = study.scorer
         self.config = practice(study.options, precision, run, study.out / "none")
         self.chat, self.tokenizer, architecture = open_model(self.config)
-        self.model = reference_model(self.config, architecture, study.here)
+        self.model, _ = start_model(self.config, architecture, study.here)
         self.engine = Engine(self.model, load_tokenizer(self.tokenizer), engine_options(self.config))
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
 

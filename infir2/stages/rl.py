@@ -258,7 +258,6 @@ def reference_model(
 
     Raises CheckpointError where the weights that the run has referred to so far are gone, changed or unknown.
     """
-    from infir2.fp8.convert import refresh_weights
     from infir2.rl.reference import FILE, Reference, read_reference, write_reference
     from infir2.rollout.checksum import weights_checksum
 
@@ -271,7 +270,7 @@ def reference_model(
             f"{run / FILE}: does not say which weights the KL term has referred to so far; to take those of {named} as "
             "they are now, resume with --train.accept_changes true"
         )
-    reference, path = _load_start(config, architecture, world, known.path if known else None)
+    reference, path = start_model(config, architecture, world, known.path if known else None)
     found = weights_checksum(reference, codes=False)
     if known is not None and found != known.checksum:
         raise CheckpointError(f"{path}: not the weights that the KL term of {run} has referred to so far. {_CURE}")
@@ -280,8 +279,7 @@ def reference_model(
     if known is None:
         write_reference(run, Reference(named, path, found))
         metrics.event(step, "reference", **{"from": path or named})
-    refresh_weights(reference)
-    return reference.requires_grad_(False)
+    return reference
 
 
 def _start_named(config: RlConfig) -> str:
@@ -293,13 +291,14 @@ def _start_named(config: RlConfig) -> str:
     return f"model.preset = {config.model.preset}"
 
 
-def _load_start(
-    config: RlConfig, architecture: "ModelConfig", world: "World", path: str | None
+def start_model(
+    config: RlConfig, architecture: "ModelConfig", world: "World", path: str | None = None
 ) -> "tuple[CausalLM, str | None]":
-    """The weights that training starts from and the folder they lie in: ``path``, else the one that the recipe means
-    now. Raises CheckpointError where that folder is not there."""
+    """The model that training starts from, frozen, and the folder that its weights lie in: ``path``, else the one that
+    the recipe means now. Raises CheckpointError where that folder is not there."""
     from infir2.checkpoint.state import model_state
     from infir2.checkpoint.store import CheckpointStore
+    from infir2.fp8.convert import refresh_weights
     from infir2.stages.training import build_model
 
     if path is not None and not Path(path).is_dir():
@@ -313,7 +312,8 @@ def _load_start(
         source = store.find(path or config.init.checkpoint)
         store.load(source, {"model": model_state(model)}, ("optim",))
         path = str(source.resolve())
-    return model, path
+    refresh_weights(model)
+    return model.requires_grad_(False), path
 
 
 def _data_lines(config: RlConfig, data: "Sequence[PromptSet]") -> list[str]:
