@@ -46,7 +46,7 @@ from infir2.reward.dispatch import reward_for
 from infir2.reward.score import Scorer
 from infir2.rollout.engine import Engine
 from infir2.rollout.records import Request, SamplingParams
-from infir2.stages.rl import engine_options, reference_model, train_rl
+from infir2.stages.rl import engine_options, start_model, train_rl
 from infir2.stages.sft import train_sft
 from infir2.train.metrics import read_metrics
 
@@ -152,7 +152,7 @@ class Examiner:
         self.scorer = study.scorer
         self.config = practice(study.options, precision, run, study.out / "none")
         self.chat, self.tokenizer, architecture = open_model(self.config)
-        self.model = reference_model(self.config, architecture, study.here)
+        self.model, _ = start_model(self.config, architecture, study.here)
         self.engine = Engine(self.model, load_tokenizer(self.tokenizer), engine_options(self.config))
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
 

@@ -8,6 +8,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from infir2.config.section import Count, Section
 from infir2.config.training import LoopSection, SftInitSection, TrainingConfig, TrainSection, check_ramps
 
+_BLOCK = 16
+"""Tokens of a block of the engine's cache (block_size of infir2/rollout/options.py)."""
+
 
 class RlDataSection(Section):
     """What reinforcement learning asks the model: prompts, one a row, each with what its answers are scored against."""
@@ -38,14 +41,15 @@ class RolloutSection(Section):
     """Samples of each prompt: its group."""
     max_new_tokens: PositiveInt = 8192
     """Longest response."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=1e-5)] = 1.0  # what is below is greedy to the engine
     """Sampling temperature; the trainer computes its log-probabilities under the same one. No top-p, no top-k."""
     filter_groups: bool = True
-    """Leave out groups whose rewards are all the same, and sample other prompts in their place (DAPO)."""
+    """Leave out groups whose scores, the penalty of reward.overlong_buffer aside, are all the same, and sample other
+    prompts in their place (DAPO)."""
     oversample: PositiveInt = 3
     """Prompts tried for one rollout, at most, in multiples of prompts."""
     cache_tokens: PositiveInt = 262_144
-    """Tokens whose keys and values the engine's cache holds."""
+    """Tokens whose keys and values the engine's cache holds; room for the longest prompt and response at least."""
     max_sequences: PositiveInt = 256
     """Samples that run at once."""
     max_batch_tokens: PositiveInt = 8192
@@ -131,6 +135,15 @@ class RlConfig(TrainingConfig):
         return longest, "data.max_prompt_tokens + rollout.max_new_tokens"
 
     @property
+    def longest_sample(self) -> tuple[int, str]:
+        """Tokens of the longest prompt and response that the engine may have to make, and the keys that say so."""
+        longest, keys = self.longest
+        evaluated = self.data.max_prompt_tokens + self.eval.max_new_tokens
+        if self.train.eval_every and evaluated > longest:
+            return evaluated, "data.max_prompt_tokens + eval.max_new_tokens"
+        return longest, keys
+
+    @property
     def updates(self) -> int:
         """Optimiser steps that one rollout serves."""
         return self.rollout.prompts * self.rollout.samples // self.train.global_batch
@@ -158,6 +171,16 @@ class RlConfig(TrainingConfig):
         longest, keys = self.longest
         if longest > data.max_tokens_per_gpu:
             raise ValueError(f"{keys} ({longest}) exceed data.max_tokens_per_gpu ({data.max_tokens_per_gpu})")
+        longest, keys = self.longest_sample
+        if longest > rollout.cache_tokens // _BLOCK * _BLOCK:
+            raise ValueError(
+                f"{keys} ({longest}) exceed rollout.cache_tokens ({rollout.cache_tokens}, in whole blocks of {_BLOCK})"
+            )
+        if rollout.max_sequences > rollout.max_batch_tokens:
+            raise ValueError(
+                f"rollout.max_sequences ({rollout.max_sequences}) is above rollout.max_batch_tokens "
+                f"({rollout.max_batch_tokens}): every sequence decodes a token in one forward pass"
+            )
         if self.fp8.head:
             raise ValueError("fp8.head: the engine's log-probabilities come from a bf16 head; leave it off")
         if self.reward.overlong_buffer > rollout.max_new_tokens:

@@ -20,6 +20,8 @@ _FREE = {
     "train.deterministic",
     *("rollout.cache_tokens", "rollout.max_sequences", "rollout.max_batch_tokens", "reward.workers"),
 }
+# Decisive where a KL term holds the policy to the model that the run started from.
+_START = {"init.checkpoint", "model.path", "model.preset", "model.init_std"}
 # Free as long as no step that has been done would have had another learning rate.
 _SCHEDULE = {
     *("train.steps", "train.epochs", "optim.lr", "optim.min_lr", "optim.schedule"),
@@ -35,7 +37,11 @@ def changes_on_resume(config: TrainingConfig, steps: int, meta: Mapping[str, Any
     """
     old, new = _keys(meta.get("config") or {}), _keys(config.model_dump(mode="json"))
     changed = [key for key in new if key in old and old[key] != new[key]]
-    decisive = [key for key in changed if key.partition(".")[0] not in _FREE_SECTIONS and key not in _FREE | _SCHEDULE]
+    held = _START if new.get("policy.kl_coef") else set()
+    free = _FREE | _SCHEDULE
+    decisive = [
+        key for key in changed if key in held or (key.partition(".")[0] not in _FREE_SECTIONS and key not in free)
+    ]
     step = _first_other_rate(config, steps, meta)
     schedule = [key for key in changed if key in _SCHEDULE] if step else []
     lines = {key: f"{key}: {old[key]} -> {new[key]}" for key in changed}

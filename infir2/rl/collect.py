@@ -9,7 +9,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from infir2.config import RewardSection, RolloutSection
 from infir2.data.prompts import Prompt, PromptOrder
@@ -38,6 +38,17 @@ class Group:
     scores: tuple[Score, ...]
     rewards: tuple[float, ...]
     """Scores with what shaping adds."""
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether it tells right samples from wrong ones. Scores decide: by the penalty for length alone a group of
+        wrong answers would teach to be wrong in fewer words."""
+        return has_spread(self.values)
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """Of the scores."""
+        return tuple(score.value for score in self.scores)
 
 
 @dataclass
@@ -85,15 +96,18 @@ class Collector:
         )
         while rows:
             groups = self.sample([(row, prompts[row]) for row in rows], params, str(number), done.seconds, interrupted)
+            if interrupted():  # while they were scored; an evaluation is worth keeping then, a rollout is not
+                raise Interrupted
             done.sampled += groups
-            done.kept += [g for g in groups if not settings.filter_groups or has_spread(g.rewards)]
+            done.kept += [g for g in groups if not settings.filter_groups or g.has_spread]
             missing = settings.prompts - len(done.kept)
             if missing <= 0:
                 break
             share = max(len(done.kept) / len(done.sampled), 1 / settings.oversample)
             wanted = math.ceil(missing / share)
             rows, spares = spares[:wanted], spares[wanted:]
-        done.kept = done.kept[: settings.prompts] or done.sampled[:1]
+        # A step needs something to train on; without the penalty a group without spread has no advantages.
+        done.kept = done.kept[: settings.prompts] or [replace(done.sampled[0], rewards=done.sampled[0].values)]
         return done
 
     def sample(

@@ -17,7 +17,7 @@ import torch
 from infir2.config import RlConfig
 from infir2.data.prompts import Prompt, PromptOrder
 from infir2.model.transformer import CausalLM
-from infir2.rl.advantage import group_advantages, has_spread
+from infir2.rl.advantage import group_advantages
 from infir2.rl.batch import RlBatch, TrainingSample, pack_samples, split_samples, with_logprobs
 from infir2.rl.collect import Collector, Group, Interrupted, Rollout
 from infir2.rl.objective import batch_logprobs
@@ -74,7 +74,8 @@ class RlLoop:
                 yield share
 
     def step_values(self, step: int, result: StepResult) -> dict[str, float]:
-        """Numbers for a step's line of metrics; those of a rollout stand on the line of its first step."""
+        """Numbers for the next line of metrics: those of a rollout come after its first step. Raises the alarm where
+        trainer and engine disagree."""
         values, self._values = self._values, {}
         self._wait_for_device()
         values["update_s"] = time.perf_counter() - self._handed_out
@@ -155,7 +156,7 @@ class RlLoop:
     def _describe(self, step: int, rollout: Rollout) -> None:
         """Put the rollout's numbers aside for the metrics."""
         groups = rollout.sampled
-        spread = sum(has_spread(group.rewards) for group in groups)
+        spread = sum(group.has_spread for group in groups)
         tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
         versions = {version for group in groups for c in group.completions for version in c.versions}
         self._values = {
@@ -170,7 +171,7 @@ class RlLoop:
             **{name: rollout.seconds[name] for name in ("rollout_s", "reward_s", "logprob_s", "sync_s")},
         }
         if not spread:
-            self.metrics.event(step, "no_spread", groups=len(groups), meaning="no group has rewards that differ")
+            self.metrics.event(step, "no_spread", groups=len(groups), meaning="no group has scores that differ")
 
 
 def training_samples(group: Group, config: RlConfig) -> list[TrainingSample]:

@@ -16,11 +16,14 @@ MAX_TEXT = 8000
 
 
 class SampleLog:
-    """Appends to samples.jsonl. Lines of later steps than ``first_step``, written before a resume, are dropped."""
+    """Appends to samples.jsonl. Lines of later steps than ``first_step``, written before a resume, are dropped, and
+    those of its evaluation where that is made again."""
 
-    def __init__(self, run: Path, first_step: int) -> None:
+    def __init__(self, run: Path, first_step: int, evaluates_again: bool = False) -> None:
         self.path = run / "samples.jsonl"
         kept = [line for line in read_samples(run) if line["step"] <= first_step] if first_step else []
+        if evaluates_again:
+            kept = [line for line in kept if (line["step"], line["kind"]) != (first_step, "eval")]
         try:
             replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         except OSError as error:

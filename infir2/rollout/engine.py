@@ -106,6 +106,14 @@ class Engine:
         """End what is unfinished of a request and free its blocks; what it had is returned. Unknown ids: nothing."""
         return [self._finish(sequence, "abort") for sequence in list(self._unfinished.get(request_id, ()))]
 
+    def abort_running(self) -> frozenset[str]:
+        """After a step that failed: end the requests that run, and free their blocks. Those that only wait go on, and
+        their ids are returned; but where none runs, all are ended, since any of them may be what failed."""
+        running = {sequence.request_id for sequence in self._scheduler.running} or set(self._unfinished)
+        for request_id in running:
+            self.abort(request_id)
+        return frozenset(self._unfinished)
+
     @property
     def has_unfinished(self) -> bool:
         return bool(self._unfinished)
@@ -275,9 +283,9 @@ class Engine:
         if self._next_version is not None:
             raise RuntimeError("the weights are being updated: end the update first")
 
-    def _require_finite(self, raw_logprobs: Iterable[float]) -> None:
+    def _require_finite(self, logprobs: Iterable[float]) -> None:
         """To be asked for all sequences before any of them is changed."""
-        if not all(map(math.isfinite, raw_logprobs)):
+        if not all(map(math.isfinite, logprobs)):
             raise FloatingPointError(f"the model's logits are not finite (weight version {self._version})")
 
     def _check(self, request: Request, request_id: str) -> None:
@@ -316,7 +324,7 @@ class Engine:
             sampled = sample(logits, batch)
             top = most_likely(logits, [sequence.params.top_logprobs for sequence in sampling])
             columns = [sampled.tokens.tolist(), sampled.logprobs.tolist(), sampled.raw_logprobs.tolist(), top]
-            self._require_finite(columns[2])
+            self._require_finite(chain(columns[1], columns[2]))
         self._scheduler.advance(chunks)
         self._computed += sum(chunk.length for chunk in chunks)
         events = []
@@ -336,7 +344,7 @@ class Engine:
     def _decode(self, chunks: list[Chunk], rounds: int) -> list[TokenEvent]:
         sequences = [chunk.sequence for chunk in chunks]
         made = self._decoder.run(sequences, rounds)
-        self._require_finite(chain.from_iterable(made.raw_logprobs))
+        self._require_finite(chain.from_iterable(chain(made.logprobs, made.raw_logprobs)))
         self._computed += rounds * len(sequences)
         events = []
         for chunk, tokens, logprobs, raw in zip(chunks, made.tokens, made.logprobs, made.raw_logprobs):

@@ -7,6 +7,8 @@ from typing import Literal
 from infir2.errors import UserError
 
 FinishReason = Literal["stop", "length", "abort"]
+LEAST_TEMPERATURE = 1e-5
+"""Logits divided by less leave the range of float32, and long before that only the most likely token is drawn."""
 
 
 class RequestError(UserError):
@@ -18,7 +20,7 @@ class SamplingParams:
     """How the tokens of a request are chosen. Raises RequestError, naming the field, for a value out of range."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 is greedy."""
+    """Divides the logits; 0 is greedy, and so is what lies below LEAST_TEMPERATURE: it becomes 0."""
     top_p: float = 1.0
     """Keep the most likely tokens up to this probability, the one that crosses it included. Applied after ``top_k``."""
     top_k: int = 0
@@ -46,6 +48,8 @@ class SamplingParams:
             value = getattr(self, name)
             if not math.isfinite(value) or not low <= value <= high:
                 raise RequestError(f"{name}: {value} is not between {low:g} and {high:g}")
+        if self.temperature < LEAST_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         if self.top_p == 0:
             raise RequestError("top_p: 0 keeps no token; use temperature 0 for greedy decoding")
         for name, least in (("top_k", 0), ("max_new_tokens", 1), ("n", 1), ("top_logprobs", 0)):

@@ -42,6 +42,11 @@ class IncrementalText:
         return decode(self._tokenizer, self._context + self._pending, self._skip)[len(before) :]
 
     def _emit(self, piece: str) -> str:
-        self._context, self._pending = self._pending, []
+        if piece:
+            self._context = self._pending
+        elif len(self._context) < _PATIENCE:  # of endless tokens without text the later ones are forgotten
+            # A skipped special token has no text: what is before it still decides how the next token is written.
+            self._context = self._context + self._pending
+        self._pending = []
         self.text += piece
         return piece

@@ -48,7 +48,8 @@ class Stream:
 
     def __init__(self, owner: "EngineThread", request_id: str, samples: int) -> None:
         self._owner, self.request_id, self.samples = owner, request_id, samples
-        self.unfinished = samples
+        self.unfinished = samples  # as the reader knows
+        self._to_come = samples  # as the engine has told
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the engine has taken the request; RequestError where it cannot serve it."""
         self._steps: asyncio.Queue[list[TokenEvent] | Exception] = asyncio.Queue()
@@ -75,10 +76,17 @@ class Stream:
     ) -> None:
         self._owner._close(self)
 
-    def _put(self, step: list[TokenEvent] | Exception) -> None:
-        self._steps.put_nowait(step)
-        if isinstance(step, Exception) and not self.accepted.done():
-            self.accepted.set_exception(step)
+    def _put(self, events: list[TokenEvent]) -> None:
+        self._to_come -= sum(event.completion is not None for event in events)
+        self._steps.put_nowait(events)
+
+    def _fail(self, error: Exception) -> None:
+        """Nothing more will come; a stream that has all of its samples is whole."""
+        if not self._to_come:
+            return
+        self._steps.put_nowait(error)
+        if not self.accepted.done():
+            self.accepted.set_exception(error)
             self.accepted.exception()  # its reader may have gone; asyncio would complain about that
 
 
@@ -150,15 +158,22 @@ class EngineThread:
     def _refused(self, request_id: str, error: RequestError) -> None:
         if stream := self._streams.get(request_id):
             stream.unfinished = 0
-            stream._put(error)
+            stream._fail(error)
 
     def _fail_all(self, error: EngineFault) -> None:
         for stream in self._streams.values():
-            stream._put(error)
+            stream._fail(error)
 
-    def _fault(self, message: str, stats: EngineStats) -> None:
+    def _fault(self, message: str, waiting: frozenset[str], stats: EngineStats) -> None:
+        """A step failed. Whom it did not touch goes on: who waits in the engine or has not got there yet."""
         self.faults, self.stats = self.faults + 1, stats
-        self._fail_all(EngineFault(message))
+        for stream in self._streams.values():
+            if stream.accepted.done() and stream.request_id not in waiting:
+                stream._fail(EngineFault(message))
+
+    def _died(self, stats: EngineStats) -> None:
+        self.faults, self.stats = self.faults + 1, stats
+        self._fail_all(EngineFault("the engine has died; see the server's log"))
 
     # ---- on the engine's thread
 
@@ -168,7 +183,7 @@ class EngineThread:
                 self._step()
         except BaseException:
             _log.exception("the engine's thread has died")
-            self._tell(self._fault, "the engine has died; see the server's log", self._engine.stats())
+            self._tell(self._died, self._engine.stats())
             raise
 
     def _obey(self) -> bool:
@@ -200,9 +215,8 @@ class EngineThread:
             self._tell(self._deliver, dict(steps), engine.stats())
         except Exception as error:  # one bad step must not take down the server: those in it are told, others go on
             _log.exception("a step of the engine failed")
-            engine.pause("abort")
-            engine.resume()
-            self._tell(self._fault, f"the engine failed: {type(error).__name__}: {error}", engine.stats())
+            message, waiting = f"the engine failed: {type(error).__name__}: {error}", engine.abort_running()
+            self._tell(self._fault, message, waiting, engine.stats())
 
     def _tell(self, what: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None

@@ -20,13 +20,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "function_call": ("none", "auto"),
     "modalities": (["text"],), "audio": (), "prediction": (), "reasoning_effort": (), "verbosity": (),
     "web_search_options": (), "suffix": ("",), "echo": (False,), "use_beam_search": (False,),
-    "chat_template_kwargs": ({},),
+    "chat_template_kwargs": ({},), "min_tokens": (0,), "include_stop_str_in_output": (False,),
+    "add_generation_prompt": (True,), "continue_final_message": (False,),
 }  # fmt: skip
 # Fields that cannot change an answer.
 _WITHOUT_EFFECT = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
 )  # fmt: skip
 
+
+# Keys of a message whose text is not shown to the model, of an assistant's message, and lists that may be empty.
+_UNSHOWN, _THOUGHTS, _LISTS = {"name"}, {"reasoning_content", "reasoning"}, {"tool_calls", "annotations"}
 
 _Stop = Annotated[str, Field(max_length=256)]
 
@@ -38,6 +42,7 @@ class _Checked(pydantic.BaseModel):
 class StreamOptions(_Checked):
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
+    continuous_usage_stats: Literal[False] = False
 
 
 class TextPart(_Checked):
@@ -53,9 +58,13 @@ class Message(_Checked):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, data: Any) -> Any:
-        # Messages that clients got from an API and send back carry keys such as "tool_calls": null.
-        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+    def _without_what_is_not_shown(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        unshown = _UNSHOWN | (_THOUGHTS if data.get("role") == "assistant" else set())
+        kept = {key: value for key, value in data.items() if not (key in unshown and isinstance(value, str))}
+        # Messages that clients got from an API and send back carry keys such as "tool_calls": null or [].
+        return {key: value for key, value in kept.items() if value is not None and not (key in _LISTS and value == [])}
 
     def plain(self) -> dict[str, str]:
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -160,7 +169,7 @@ def _explained(kind: type[Sampling], error: pydantic.ValidationError) -> ApiErro
     if not problem["loc"]:
         return ApiError(400, "the body is not a JSON object")
     # Of a union, pydantic also names the alternative that it tried; no field is called like that.
-    names = [str(part) for part in problem["loc"] if not str(part).startswith(("str", "list[", "constrained"))]
+    names = [part for part in map(str, problem["loc"]) if part != "str" and not part.startswith(("list[", "constr"))]
     where = ".".join(names)
     if problem["type"] == "extra_forbidden":
         return ApiError(400, f"{where}: unknown parameter.{did_you_mean(names[-1], kind.model_fields)}", where)

@@ -92,9 +92,17 @@ class Answer:
         return {
             "tokens": [self._name(event.token_id) for event in events],
             "token_logprobs": [event.raw_logprob for event in events],
-            "top_logprobs": [{self._name(token): logprob for token, logprob in event.top} for event in events],
+            "top_logprobs": [self._by_text(event) for event in events],
             "text_offset": offsets,
         }
+
+    def _by_text(self, event: TokenEvent) -> dict[str, float]:
+        """Log-probabilities of the alternatives and, as in OpenAI's API, of the token itself. Of tokens with the same
+        text, such as parts of characters, the likeliest is told."""
+        found: dict[str, float] = {}
+        for token, logprob in (*event.top, (event.token_id, event.raw_logprob)):
+            found[self._name(token)] = max(logprob, found.get(self._name(token), logprob))
+        return found
 
     def _name(self, token: int) -> str:
         if token not in self._names:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infir2.config import RewardSection, RlConfig, load
-from infir2.errors import ConfigError
+from infir2.errors import CheckpointError, ConfigError
 from infir2.launch.recipe_arguments import add_recipe_arguments
 
 if TYPE_CHECKING:
@@ -52,11 +52,10 @@ def plan(config: RlConfig, world: "World") -> str:
     """What the recipe would do, for people; nothing is written."""
     import torch
 
-    from infir2.launch.chat_model import open_model
     from infir2.launch.dry_run import GIB, Workload, describe_run
     from infir2.rollout.cache_size import bytes_per_token, stored_dtype
 
-    chat, _, architecture = open_model(config)
+    chat, _, architecture = open_policy(config)
     data = read_data(config, chat, make_scorer(config.reward), show_progress=True)
     train, rollout = config.train, config.rollout
     longest, _ = config.longest
@@ -78,13 +77,12 @@ def train_rl(config: RlConfig, world: "World") -> "signal.Signals | None":
     import torch
 
     from infir2.data.prompts import order_fingerprint
-    from infir2.launch.chat_model import open_model
     from infir2.launch.run_folder import keep_tokenizer
     from infir2.launch.training import StageData, run_training
     from infir2.model.attention import document_attention
     from infir2.rl.objective import PolicyObjective
 
-    chat, tokenizer, architecture = open_model(config)
+    chat, tokenizer, architecture = open_policy(config)
     scorer = make_scorer(config.reward)
     data = read_data(config, chat, scorer, show_progress=world.is_main)
     print("\n".join(_data_lines(config, data)))
@@ -132,7 +130,7 @@ class Wiring:
         self.data, self.scorer, self.world = data, scorer, world
 
     def begin(self, model: "CausalLM", progress: "TrainState", metrics: "MetricsWriter") -> None:
-        """Make engine, collector and loop; evaluate before the first step of a run."""
+        """Make engine, collector and loop; evaluate before the first step of a run, or what a signal cut short."""
         import torch
 
         from infir2.data.tokenizer import load_tokenizer
@@ -150,6 +148,10 @@ class Wiring:
             engine, self.scorer, config.rollout, config.reward, sorted(stop_ids), config.train.seed, metrics.activity
         )
         dtype = getattr(torch, config.model.dtype)
+        owed = evaluation_owed(config, progress.step)
+        reference = None
+        if config.policy.kl_coef:
+            reference = reference_model(config, self.architecture, self.world, model, progress.step, metrics)
         self.progress = progress
         self.loop = RlLoop(
             config=config,
@@ -159,19 +161,38 @@ class Wiring:
             prompts=self.data[0].prompts,
             held_out=self.data[1].prompts if len(self.data) > 1 else (),
             attention_for=lambda batch: document_attention(batch, dtype),
-            reference=reference_model(config, self.architecture, self.world) if config.policy.kl_coef else None,
+            reference=reference,
             metrics=metrics,
-            samples=SampleLog(Path(config.run), progress.step),
+            samples=SampleLog(Path(config.run), progress.step, evaluates_again=owed),
         )
-        if config.train.eval_every and progress.step == 0:
-            metrics.log(0, self.loop.evaluate(0), kind="eval")
+        if owed:
+            metrics.log(progress.step, self.loop.evaluate(progress.step), kind="eval")
+
+
+def evaluation_owed(config: RlConfig, step: int) -> bool:
+    """Whether the weights of ``step``, which training goes on from, should have been evaluated and were not."""
+    from infir2.train.metrics import read_metrics
+
+    if not config.train.eval_every or step % config.train.eval_every:
+        return False
+    lines = read_metrics(Path(config.run) / "metrics.jsonl")
+    return not any((line["kind"], line["step"]) == ("eval", step) for line in lines)
+
+
+def open_policy(config: RlConfig) -> "tuple[ChatTokenizer, Path, ModelConfig]":
+    """The recipe's chat tokenizer, its folder, and the architecture; checks that they fit each other and any sample."""
+    from infir2.launch.chat_model import open_model
+
+    chat, tokenizer, architecture = open_model(config)
+    architecture.check_sequence_length(*config.longest_sample)
+    return chat, tokenizer, architecture
 
 
 def read_data(config: RlConfig, chat: "ChatTokenizer", scorer: "Scorer", show_progress: bool) -> "list[PromptSet]":
-    """The prompts to train on and, where the recipe names them, the held-out ones."""
+    """The prompts to train on, enough for a rollout, and, where the recipe names them, the held-out ones."""
     from infir2.data.conversations import RowSource
     from infir2.data.documents import RowLedger
-    from infir2.data.prompts import prompt_row, read_prompts
+    from infir2.data.prompts import PromptOrder, prompt_row, read_prompts
     from infir2.launch.progress import share_bar
 
     data = config.data
@@ -184,6 +205,7 @@ def read_data(config: RlConfig, chat: "ChatTokenizer", scorer: "Scorer", show_pr
             # A response without an answer is scored at once, but not before the label was looked at.
             check = lambda label: scorer.score_many([("", label)])  # noqa: E731
             found.append(read_prompts(source, chat, data.max_prompt_tokens, ledger, check, progress))
+    PromptOrder(len(found[0]), config.train.seed, config.rollout.prompts)  # raises where they do not fill a rollout
     return found
 
 
@@ -217,19 +239,78 @@ def engine_options(config: RlConfig) -> "EngineOptions":
     )
 
 
-def reference_model(config: RlConfig, architecture: "ModelConfig", world: "World") -> "CausalLM":
-    """The model that the run started from, frozen, whatever has been trained since."""
+_CURE = "Put them back, or name other weights in the recipe and resume with --train.accept_changes true"
+
+
+def reference_model(
+    config: RlConfig,
+    architecture: "ModelConfig",
+    world: "World",
+    model: "CausalLM",
+    step: int,
+    metrics: "MetricsWriter",
+) -> "CausalLM":
+    """The model that the run started from, frozen, whatever has been trained or saved since. ``model`` is the policy
+    after ``step`` optimiser steps.
+
+    Raises CheckpointError where the weights that the run has referred to so far are gone, changed or unknown.
+    """
+    from infir2.rl.reference import FILE, Reference, read_reference, write_reference
+    from infir2.rollout.checksum import weights_checksum
+
+    run, named = Path(config.run), _start_named(config)
+    known = read_reference(run) if step else None
+    if known is not None and known.named != named:
+        known = None  # a change of recipe that was accepted, else there would be no resume
+    if step and known is None and not config.train.accept_changes:
+        raise CheckpointError(
+            f"{run / FILE}: does not say which weights the KL term has referred to so far; to take those of {named} as "
+            "they are now, resume with --train.accept_changes true"
+        )
+    reference, path = start_model(config, architecture, world, known.path if known else None)
+    found = weights_checksum(reference, codes=False)
+    if known is not None and found != known.checksum:
+        raise CheckpointError(f"{path}: not the weights that the KL term of {run} has referred to so far. {_CURE}")
+    if step == 0 and found != weights_checksum(model, codes=False):
+        raise CheckpointError(f"{named}: other weights were put there while the run started; start it again")
+    if known is None:
+        write_reference(run, Reference(named, path, found))
+        metrics.event(step, "reference", **{"from": path or named})
+    return reference
+
+
+def _start_named(config: RlConfig) -> str:
+    """How the recipe names the weights that training starts from."""
+    if config.init.checkpoint is not None:
+        return f"init.checkpoint = {config.init.checkpoint}"
+    if config.model.path is not None:
+        return f"model.path = {config.model.path}"
+    return f"model.preset = {config.model.preset}"
+
+
+def start_model(
+    config: RlConfig, architecture: "ModelConfig", world: "World", path: str | None = None
+) -> "tuple[CausalLM, str | None]":
+    """The model that training starts from, frozen, and the folder that its weights lie in: ``path``, else the one that
+    the recipe means now. Raises CheckpointError where that folder is not there."""
     from infir2.checkpoint.state import model_state
     from infir2.checkpoint.store import CheckpointStore
     from infir2.fp8.convert import refresh_weights
     from infir2.launch.training import build_model
 
+    if path is not None and not Path(path).is_dir():
+        raise CheckpointError(f"{path}: the weights that the KL term of {config.run} refers to are gone. {_CURE}")
+    if config.init.checkpoint is None and config.model.path is not None:
+        path = path or str(Path(config.model.path).resolve())
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
     model, _ = build_model(config, architecture, world)
     if config.init.checkpoint is not None:
         store = CheckpointStore(Path(config.run) / "checkpoints")
-        store.load(store.find(config.init.checkpoint), {"model": model_state(model)}, ("optim",))
+        source = store.find(path or config.init.checkpoint)
+        store.load(source, {"model": model_state(model)}, ("optim",))
+        path = str(source.resolve())
     refresh_weights(model)
-    return model.requires_grad_(False)
+    return model.requires_grad_(False), path
 
 
 def _data_lines(config: RlConfig, data: "Sequence[PromptSet]") -> list[str]:

@@ -67,8 +67,9 @@ class Callbacks:
     attention_for: AttentionFor
     objective: Objective = cross_entropy
     step_values: Callable[[int, StepResult], Mapping[str, float]] = lambda step, result: {}
-    """More numbers for a step's line of metrics, asked for right after the step. ``processed_tokens`` among them, where
-    some of a batch's tokens are filling, is what speed and FLOPs are counted for."""
+    """More numbers for the next line of metrics, asked for right after every step; of those of steps without a line the
+    newest stand on the next one. ``processed_tokens`` among them, where some of a batch's tokens are filling, is what
+    speed and FLOPs are counted for."""
     together: int = 1
     """Steps that share what cannot be made again after a resume: the state is saved, and a signal obeyed, only where a
     multiple of them is done."""
@@ -98,6 +99,7 @@ def train(
     a row or where every step was skipped, and on all ranks what a background save or the metrics of one of them raise.
     """
     meter, saved = _Meter(world, flops_per_token), progress.step
+    more: dict[str, float] = {}
     with (
         Interrupt(world, callbacks.poll, callbacks.finish) as interrupt,
         _profiler(log.profile_steps, trace_folder, progress.step, world.rank) as profiler,
@@ -129,13 +131,16 @@ def train(
             with interrupt.deferring():
                 if health:
                     metrics.health(step, health)
+                more |= callbacks.step_values(step, result)
                 if step % log.every == 0 or result.skipped or last:
-                    metrics.log(step, meter.read(progress, result, lr, callbacks.step_values(step, result)))
+                    metrics.log(step, meter.read(progress, result, lr, more))
+                    more = {}
                 if result.skipped:
                     metrics.event(step, "skip", loss=result.loss, grad_norm=result.grad_norm)
             _check_skips(progress, result, config.max_skipped_steps, last)
             if config.eval_every and (step % config.eval_every == 0 or last):
-                held_out = callbacks.evaluate(interrupt.check)
+                # Behind the last step nothing would make up for an evaluation that was given up.
+                held_out = callbacks.evaluate((lambda: None) if last else interrupt.check)
                 with interrupt.deferring():
                     if held_out:
                         metrics.log(step, held_out, kind="eval")

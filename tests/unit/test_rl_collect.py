@@ -46,9 +46,16 @@ def prompts(*labels: str) -> list[Prompt]:
     return [Prompt(f"question {i}", (5, 6, i + 7), label) for i, label in enumerate(labels)]
 
 
-def collect(engine: Engine, asked: list[Prompt], number: int = 0, reward: Any = None, **settings: Any) -> Rollout:
+def collect(
+    engine: Engine,
+    asked: list[Prompt],
+    number: int = 0,
+    reward: Any = None,
+    stop_ids: Sequence[int] = (),
+    **settings: Any,
+) -> Rollout:
     rollout = RolloutSection(**{"prompts": 4, "samples": 6, "max_new_tokens": 8, "oversample": 3} | settings)
-    collector = Collector(engine, ByRule(), rollout, reward or RewardSection(), [], seed=9)
+    collector = Collector(engine, ByRule(), rollout, reward or RewardSection(), stop_ids, seed=9)
     order = PromptOrder(len(asked), 1, rollout.prompts)
     return collector.collect(asked, order, number, lambda: None)
 
@@ -117,6 +124,20 @@ def test_the_overlong_penalty_is_added_to_the_score(engine: Engine) -> None:
             assert reward == pytest.approx(1 - over / 4)
 
 
+@pytest.mark.parametrize("label", ["none", "all"])
+def test_the_penalty_gives_no_group_spread(engine: Engine, label: str) -> None:
+    asked, ends = prompts(*[label] * COUNT), range(0, small_rl.VOCAB, 6)
+    done = collect(engine, asked, reward=RewardSection(overlong_buffer=8), stop_ids=ends, temperature=3.0)
+    assert all(len(set(group.rewards)) > 1 for group in done.sampled), (
+        "lengths must differ for this test to see anything"
+    )
+    assert not any(group.has_spread for group in done.sampled)
+    assert len(done.sampled) == 12, "others are sampled in their place"
+    assert [set(group.rewards) for group in done.kept] == [{float(label == "all")}], (
+        "the one that is kept teaches nothing"
+    )
+
+
 def test_an_interrupted_rollout_leaves_nothing_behind(engine: Engine) -> None:
     rollout = RolloutSection(prompts=4, samples=4, max_new_tokens=8)
     collector = Collector(engine, ByRule(), rollout, RewardSection(), [], seed=9)
@@ -125,3 +146,18 @@ def test_an_interrupted_rollout_leaves_nothing_behind(engine: Engine) -> None:
         collector.collect(prompts(*["some"] * COUNT), PromptOrder(COUNT, 1, 4), 0, lambda: next(answers))
     assert not engine.has_unfinished
     assert engine.stats().blocks_held == 0
+
+
+def test_a_rollout_interrupted_while_it_is_scored_is_given_up(engine: Engine) -> None:
+    rollout = RolloutSection(prompts=4, samples=4, max_new_tokens=8)
+    scorer, scored = ByRule(), []
+
+    class Noting(ByRule):
+        def score_many(self, pairs: Sequence[tuple[str, Any]]) -> list[Score]:
+            scored.append(len(pairs))
+            return scorer.score_many(pairs)
+
+    collector = Collector(engine, Noting(), rollout, RewardSection(), [], seed=9)
+    with pytest.raises(Interrupted):
+        collector.collect(prompts(*["some"] * COUNT), PromptOrder(COUNT, 1, 4), 0, lambda: bool(scored))
+    assert scored == [16]

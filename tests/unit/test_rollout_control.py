@@ -311,6 +311,32 @@ def test_of_rounds_with_a_number_that_is_not_finite_no_token_is_kept() -> None:
     assert [sequence.tokens for sequence in sequences] == before
 
 
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_of_log_probabilities_that_are_not_finite_no_token_is_kept(rounds: int) -> None:
+    """The logits are fine, the distribution that is drawn from is not."""
+    engine = Engine(make_model(), options=EngineOptions(decode_rounds=rounds))
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    taken = engine.add_request(Request((1, 2, 3), params))
+    engine.step()
+    object.__setattr__(params, "temperature", 1e-40)  # past the check that makes it 0
+    before = list(engine._unfinished[taken][0].tokens)
+    with pytest.raises(FloatingPointError):
+        engine.step()
+    assert engine._unfinished[taken][0].tokens == before
+
+
+@pytest.mark.parametrize("temperature", [9e-6, 1e-20, 1e-38, 1e-45, 5e-324])
+def test_a_temperature_that_floats_cannot_divide_by_is_greedy(temperature: float) -> None:
+    engine = Engine(make_model())
+    asked = [Request((1, 2, 3), SamplingParams(temperature=t, max_new_tokens=6, seed=1)) for t in (0.0, temperature)]
+    greedy, tiny = flat(engine.generate(asked))
+    assert (tiny.token_ids, tiny.logprobs) == (greedy.token_ids, greedy.logprobs)
+    smallest = Request((1, 2, 3), SamplingParams(temperature=1e-5, max_new_tokens=6, seed=1))
+    (drawn,) = flat(engine.generate([smallest]))
+    assert drawn.token_ids == greedy.token_ids
+    assert drawn.logprobs == (0.0,) * 6, "drawn, from a distribution with one token"
+
+
 def test_checksums_tell_weights_apart() -> None:
     model = make_model(FP8_ARCHITECTURE)
     plain = Engine(model).checksum()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from starlette.websockets import WebSocketDisconnect
 from infir2.errors import ConfigError
 from infir2.launch.inference import InferenceOptions, load_engine
 from infir2.rollout.engine import Engine
-from infir2.rollout.records import Request, SamplingParams, TokenEvent
+from infir2.rollout.options import EngineOptions
+from infir2.rollout.records import Completion, Request, SamplingParams, TokenEvent
 from infir2.serve.app import Server, make_app
-from infir2.serve.engine_thread import EngineThread
+from infir2.serve.engine_thread import EngineFault, EngineThread, Stream
 from infir2.serve.errors import ApiError
 from infir2.serve.limits import ServerLimits
 from infir2.serve.prompts import ServedModel
 from infir2.serve.protocol import ChatRequest, CompletionRequest, parse
+from infir2.serve.responses import Answer
 from infir2.serve.text import PieceStream
 from infir2.stages.serve import api_key
 
@@ -111,6 +114,78 @@ def test_a_fault_of_the_engine_is_told_and_leaves_nothing(client: TestClient, en
     assert ask(client, seed=1).json()["choices"] == before
 
 
+def test_a_fault_ends_only_what_the_failed_step_computed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request runs, one waits for its place in the engine, one has not reached the engine yet."""
+    one_place = Engine(engine.model, engine.tokenizer, EngineOptions(cache_tokens=2048, max_sequences=1))
+    one_place.wake()
+    asked = Request((1, 2, 3), SamplingParams(max_new_tokens=4, seed=1, ignore_eos=True))
+    step, state = one_place.step, {"steps": 0}
+
+    async def read(stream: Stream) -> Any:
+        with stream:
+            try:
+                return [event.token_id async for events in stream for event in events]
+            except EngineFault as error:
+                return str(error)
+
+    async def serve() -> list[Any]:
+        thread, loop = EngineThread(one_place, 8), asyncio.get_running_loop()
+        submitted = threading.Event()
+        late: list[Stream] = []
+
+        def submit_late() -> None:
+            late.append(thread.submit(asked))
+            submitted.set()
+
+        def failing() -> Any:
+            state["steps"] += 1
+            if state["steps"] != 2:
+                return step()
+            step()  # computed, and then lost
+            loop.call_soon_threadsafe(submit_late)
+            submitted.wait(30)
+            raise RuntimeError("broken")
+
+        monkeypatch.setattr(one_place, "step", failing)
+        thread.start()
+        streams = [thread.submit(asked), thread.submit(asked)]
+        first, second = await asyncio.gather(*map(read, streams))
+        answers = [first, second, await read(late[0])]
+        await thread.stop()
+        assert (thread.open_streams, thread.faults) == (0, 1)
+        return answers
+
+    first, second, third = asyncio.run(serve())
+    assert first == "the engine failed: RuntimeError: broken"
+    assert second == third == list(one_place.generate([asked])[0][0].token_ids)
+    assert one_place.stats().blocks_held == 0
+
+
+def test_a_fault_with_nothing_running_ends_all(engine: Engine) -> None:
+    waiting = Engine(engine.model, engine.tokenizer, EngineOptions(cache_tokens=2048))
+    for _ in range(2):
+        waiting.add_request(Request((1, 2), SamplingParams(n=2)))
+    assert waiting.abort_running() == frozenset()
+    assert not waiting.has_unfinished
+
+
+def test_who_has_everything_hears_of_no_fault(engine: Engine) -> None:
+    """The last tokens are delivered but not read when another request's step fails."""
+
+    async def serve() -> list[list[int]]:
+        thread = EngineThread(engine, 8)
+        thread.start()
+        with thread.submit(Request((1, 2, 3), SamplingParams(max_new_tokens=4, ignore_eos=True))) as stream:
+            while stream._to_come:
+                await asyncio.sleep(0.01)
+            thread._fault("broken", frozenset(), engine.stats())
+            tokens = [[event.token_id for event in events] async for events in stream]
+        await thread.stop()
+        return tokens
+
+    assert len(asyncio.run(serve())[0]) == 4
+
+
 def test_limits(client: TestClient) -> None:
     busy = ask(client, n=9)
     assert (busy.status_code, busy.headers["retry-after"]) == (429, "1")
@@ -159,6 +234,25 @@ def test_a_body_that_never_ends_is_given_up(client: TestClient) -> None:
             "messages.0.content.0.type: input should be 'text'",
         ),
         (b'{"model": "m", "messages": [], "temperature": NaN}', "temperature: input should be a finite number"),
+        (
+            b'{"model": "m", "messages": [{"role": "user", "content": "a", "reasoning_content": "b"}]}',
+            "messages.0.reasoning_content: unknown parameter",
+        ),
+        (
+            b'{"model": "m", "messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}]}',
+            "messages.0.tool_calls: unknown parameter",
+        ),
+        (
+            b'{"model": "m", "messages": [{"role": "user", "content": "a", "name": 1}]}',
+            "messages.0.name: unknown parameter",
+        ),
+        (b'{"model": "m", "messages": [], "min_tokens": 2}', "min_tokens: this server does not support it beyond 0"),
+        (
+            b'{"model": "m", "messages": [], "stream": true, "stream_options": {"continuous_usage_stats": true}}',
+            "stream_options.continuous_usage_stats: input should be False",
+        ),
+        (b'{"model": "m", "messages": [], "stream": 1}', "stream: input should be a valid boolean"),
+        (b'{"model": "m", "messages": [], "stop": [1]}', "stop.0: input should be a valid string"),
         (b'{"model": "m", "messages": [], "n": true}', "n: input should be a valid integer"),
         (b'{"model": "m", "messages": [], "temperature": "1"}', "temperature: input should be a valid number"),
         (b'{"model": "m", "messages": [], "seed": 9223372036854775808}', "seed: input should be less than"),
@@ -177,11 +271,38 @@ def test_fields_that_ask_for_nothing_are_no_error() -> None:
         "tools": [], "user": "me", "seed": None, "response_format": {"type": "text"}, "top_k": -1,
     }  # fmt: skip
     assert parse(ChatRequest, json.dumps(body).encode()).top_k == -1
+    neutral = {
+        "model": "m", "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": False},
+        "min_tokens": 0, "include_stop_str_in_output": False, "add_generation_prompt": True,
+        "messages": [
+            {"role": "user", "content": "a", "name": "bob"},
+            {"role": "assistant", "content": "b", "tool_calls": [], "annotations": [], "reasoning_content": "hm"},
+        ],
+    }  # fmt: skip
+    asked = parse(ChatRequest, json.dumps(neutral).encode())
+    assert [m.plain() for m in asked.messages] == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     message = {"role": "developer", "content": parts}
     joined = parse(ChatRequest, json.dumps({"model": "m", "messages": [message]}).encode()).messages[0].plain()
     assert joined == {"role": "system", "content": "ab"}
     assert parse(CompletionRequest, b'{"model": "m", "prompt": [[1, 2], [3]]}').prompt == [[1, 2], [3]]
+
+
+def test_alternatives_of_a_completion_name_the_token_and_the_likeliest_of_each_text() -> None:
+    class Names:
+        def decode(self, tokens: list[int], **_: Any) -> str:
+            return "".join({1: "a", 2: "\ufffd", 3: "\ufffd", 4: "b"}[token] for token in tokens)
+
+    answer = Answer("text", "m", Names(), 3, False)
+    top = ((2, -0.1), (1, -2.0), (3, -5.0))
+    events = [TokenEvent("r", 0, token, logprob, logprob, top, None) for token, logprob in ((4, -7.0), (3, -5.0))]
+    completion = Completion("r", 0, (4, 3), (-7.0, -5.0), (0, 0), "length", 1, 0, None, "b\ufffd")
+    logprobs = answer.choice(0, completion, events)["logprobs"]
+    assert logprobs["top_logprobs"] == [{"\ufffd": -0.1, "a": -2.0, "b": -7.0}, {"\ufffd": -0.1, "a": -2.0}]
+    assert logprobs["token_logprobs"] == [-7.0, -5.0]
 
 
 @pytest.mark.parametrize("stop", [(), ("\n\n",), ("ab", "abc"), ("the cat",)])

@@ -146,22 +146,47 @@ def test_sigterm_drops_the_rollout_and_a_resume_makes_it_again(
     assert read_samples(run) == read_samples(whole)
 
 
-def test_sigterm_gives_up_an_evaluation_but_not_the_step_before_it(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, run = recipe(**{"train.steps": 4, "train.eval_every": 2, "train.save_every": 0})
-    collect = Collector.sample
+def signal_in_evaluation(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """SIGTERM when evaluation ``number`` (from 0) begins to sample."""
+    collect, seen = Collector.sample, []
 
     def sample_and_signal(self: Collector, rows: Any, params: Any, stream: str, *rest: Any) -> Any:
-        if stream == "eval" and (run / "samples.jsonl").read_text().count("train"):
-            os.kill(os.getpid(), signal.SIGTERM)
+        if stream == "eval":
+            seen.append(stream)
+            if len(seen) == number + 1:
+                os.kill(os.getpid(), signal.SIGTERM)
         return collect(self, rows, params, stream, *rest)
 
     monkeypatch.setattr(Collector, "sample", sample_and_signal)
+
+
+def test_sigterm_gives_up_an_evaluation_and_a_resume_makes_it_again(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"train.steps": 4, "train.eval_every": 2, "train.save_every": 0}
+    whole_path, whole = recipe("whole", **settings)
+    assert rl(whole_path) == 0
+    path, run = recipe("stopped", **settings)
+    signal_in_evaluation(monkeypatch, 1)
     assert rl(path) == 128 + signal.SIGTERM
+    monkeypatch.undo()
     assert [line["step"] for line in metrics_lines(run, "eval")] == [0]
     assert metrics_lines(run, "event")[-1]["step"] == 2
-    assert (run / "checkpoints/step-000002").is_dir()
+    assert (run / "checkpoints/step-000002").is_dir(), "the step before it is not given up"
+    # As a kill leaves it after the evaluation's samples and before its line.
+    shown = [line for line in read_samples(whole) if (line["step"], line["kind"]) == (2, "eval")]
+    with open(run / "samples.jsonl", "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in shown))
+    assert rl(path) == 0
+    assert numbers(run) == numbers(whole)
+    assert read_samples(run) == read_samples(whole)
+
+
+def test_the_last_evaluation_is_not_given_up(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, run = recipe(**{"train.steps": 4, "train.eval_every": 2, "train.save_every": 0})
+    signal_in_evaluation(monkeypatch, 2)
+    assert rl(path) == 0
+    assert [line["step"] for line in metrics_lines(run, "eval")] == [0, 2, 4]
 
 
 def test_stage_two_starts_from_stage_one(recipe: Recipe) -> None:
@@ -177,6 +202,69 @@ def test_stage_two_starts_from_stage_one(recipe: Recipe) -> None:
     assert all(step["logprob_diff"] < 1e-5 for step in metrics_lines(two)), "the trainer knows the temperature"
 
 
+def without_model(path: Path) -> Path:
+    """The recipe starts from init.checkpoint alone."""
+    lines = path.read_text().splitlines()
+    path.write_text("".join(f"{line}\n" for line in lines if not line.startswith("path = ")))
+    return path
+
+
+def test_the_reference_stays_what_the_run_started_from(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """init.checkpoint names a run folder, and that run goes on between start and resume."""
+    before = {"train.eval_every": 0, "train.steps": 2}
+    assert rl(recipe("before", **before)[0]) == 0
+    settings = {"init.checkpoint": str(tmp_path / "before"), "policy.kl_coef": 0.1, "train.steps": 4}
+    whole_path, whole = recipe("whole", **settings)
+    assert rl(without_model(whole_path)) == 0
+    path, run = recipe("parts", **settings)
+    assert rl(without_model(path), "--train.steps", "2") == 0
+    first = tmp_path / "before/checkpoints/step-000002"
+    assert json.loads((run / "reference.json").read_text())["path"] == str(first)
+    assert rl(recipe("before", **before | {"train.steps": 4, "train.keep_checkpoints": 0})[0]) == 0
+    assert rl(path) == 0
+    assert numbers(run) == numbers(whole)
+    assert [line["from"] for line in metrics_lines(run, "event") if line["event"] == "reference"] == [str(first)]
+
+    capsys.readouterr()
+    for newer, message in (
+        (lambda: first.rename(tmp_path / "kept"), f"{first}: the weights that the KL term of {run} refers to are gone"),
+        (lambda: (tmp_path / "before/checkpoints/step-000004").rename(first), f"{first}: not the weights that the KL"),
+    ):
+        newer()
+        assert rl(path, "--train.steps", "6") == 2
+        assert message in capsys.readouterr().err
+    other = ("--train.steps", "6", "--init.checkpoint", str(tmp_path / "kept"))
+    assert rl(path, *other) == 2
+    assert f"another recipe: init.checkpoint: {tmp_path / 'before'} -> {tmp_path / 'kept'}" in capsys.readouterr().err
+    assert rl(path, *other, "--train.accept_changes", "true") == 0
+    assert json.loads((run / "reference.json").read_text())["path"] == str(tmp_path / "kept")
+
+
+def test_a_changed_model_folder_is_no_reference(
+    recipe: Recipe, policy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import shutil
+
+    folder = tmp_path / "policy"
+    shutil.copytree(policy, folder)
+    settings = {"model.path": str(folder), "policy.kl_coef": 0.1, "train.eval_every": 0, "train.save_every": 1}
+    path, run = recipe(**settings)
+    assert rl(path, "--train.steps", "1") == 0
+    (run / "reference.json").rename(tmp_path / "reference.json")
+    assert rl(path, "--train.steps", "2") == 2
+    assert "reference.json: does not say which weights the KL term has referred to" in capsys.readouterr().err
+    (tmp_path / "reference.json").rename(run / "reference.json")
+    assert rl(path, "--train.steps", "2") == 0
+    small_rl.write_policy(tmp_path / "other/hf", steps=1)
+    shutil.copy(tmp_path / "other/hf/model.safetensors", folder / "model.safetensors")
+    assert rl(path, "--train.steps", "3") == 2
+    assert f"{folder}: not the weights that the KL term of {run} has referred to" in capsys.readouterr().err
+    assert rl(path, "--train.steps", "3", "--model.path", str(policy)) == 2
+    assert "another recipe: model.path" in capsys.readouterr().err
+
+
 def test_mismatch_raises_an_alarm(recipe: Recipe) -> None:
     path, run = recipe(**{"train.steps": 2, "fp8.recipe": "blockwise", "model.dtype": "bfloat16",
                           "policy.mismatch_limit": 1.0000001})  # fmt: skip
@@ -184,6 +272,35 @@ def test_mismatch_raises_an_alarm(recipe: Recipe) -> None:
     alarms = [line for line in metrics_lines(run, "event") if line["event"] == "mismatch"]
     assert alarms
     assert alarms[0]["token_mult_prob_error"] > alarms[0]["limit"]
+
+
+def test_steps_without_a_line_raise_alarms_and_lose_no_rollout(recipe: Recipe) -> None:
+    settings = {"train.steps": 8, "train.global_batch": 8, "train.save_every": 4, "train.eval_every": 0,
+                "policy.mismatch_limit": 1.0000000001}  # fmt: skip
+    runs = []
+    for every in (1, 6):
+        path, run = recipe(f"every-{every}", **settings, **{"log.every": every})
+        assert rl(path) == 0
+        runs.append(run)
+    alarms = [[line["step"] for line in metrics_lines(run, "event") if line["event"] == "mismatch"] for run in runs]
+    assert alarms[0] == alarms[1] != []
+    all_lines, few = metrics_lines(runs[0]), metrics_lines(runs[1])
+    assert [line["step"] for line in few] == [6, 8]
+    assert [line["step"] for line in all_lines if "reward" in line] == [1, 5]
+    assert [line.get("reward") for line in few] == [all_lines[4]["reward"], None]
+    assert few[0]["response_length"] == all_lines[4]["response_length"]
+
+
+def test_wrong_answers_of_different_length_are_no_spread(recipe: Recipe, tmp_path: Path) -> None:
+    wrong = small_rl.write_prompts(tmp_path / "wrong.jsonl", label="1234")
+    path, run = recipe(**{"train.steps": 1, "train.eval_every": 0, "train.save_every": 0, "data.train": str(wrong),
+                          "reward.overlong_buffer": 16, "rollout.temperature": 2.0})  # fmt: skip
+    assert rl(path) == 0
+    (step,) = metrics_lines(run)
+    assert step["accuracy"] == 0
+    assert step["reward"] < 0
+    assert (step["groups_with_spread"], step["sampled_groups"], step["kept_groups"]) == (0, 12, 1)
+    assert [line["event"] for line in metrics_lines(run, "event")].count("no_spread") == 1
 
 
 def test_the_report_shows_reward_and_completions(recipe: Recipe, tmp_path: Path) -> None:
@@ -227,6 +344,20 @@ def test_dry_run_foretells_the_cache_in_the_models_dtype(recipe: Recipe, capsys:
         ({"reward.kind": "choice"}, "bad_label"),
         ({"fp8.recipe": "blockwise", "fp8.head": True}, "fp8.head: the engine's log-probabilities come from a bf16"),
         ({"data.train": "nowhere.jsonl"}, "data.train: nowhere.jsonl: no such file or folder"),
+        (
+            {"rollout.cache_tokens": 79, "rollout.max_new_tokens": 32},
+            r"rollout.max_new_tokens \(80\) exceed rollout.cache_tokens \(79, in whole blocks of 16\)",
+        ),
+        (
+            {"rollout.cache_tokens": 95, "eval.max_new_tokens": 33},
+            r"max_prompt_tokens \+ eval.max_new_tokens \(81\) exceed rollout.cache_tokens \(95, in whole blocks of 16",
+        ),
+        (
+            {"eval.max_new_tokens": 209},
+            r"data.max_prompt_tokens \+ eval.max_new_tokens: 257 tokens exceed the model's max_position_embeddings",
+        ),
+        ({"rollout.max_batch_tokens": 16}, r"rollout.max_sequences \(32\) is above rollout.max_batch_tokens \(16\)"),
+        ({"rollout.temperature": 1e-6}, "rollout.temperature"),
         ({"rollout.temprature": 1}, "rollout.temprature: unknown key. Did you mean 'temperature'"),
     ],
 )
@@ -235,9 +366,20 @@ def test_mistakes_are_explained(
 ) -> None:
     import re
 
-    path, _ = recipe(**overrides)
-    assert rl(path) == 2
-    assert re.search(message, capsys.readouterr().err)
+    path, run = recipe(**overrides)
+    for words in (["--dry-run"], []):
+        assert rl(path, *words) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert not (run / "checkpoints").exists()
+
+
+def test_a_cache_of_one_longest_sample_suffices(recipe: Recipe) -> None:
+    """Without evaluations nobody needs room for their responses."""
+    path, run = recipe(**{"rollout.cache_tokens": 64, "eval.max_new_tokens": 400, "train.eval_every": 0,
+                          "train.steps": 1, "train.save_every": 0})  # fmt: skip
+    assert load(RlConfig, path).longest_sample[0] == 64
+    assert rl(path) == 0
+    assert metrics_lines(run)[0]["sampled_groups"] >= 4
 
 
 @pytest.mark.parametrize(
