@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from infir2.rollout.records import Request, SamplingParams
 WARM_UP = 24  # new tokens of a first, untimed generation: kernels are compiled and graphs recorded
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+def run(args: argparse.Namespace, tell: Callable[[str], None]) -> list[dict[str, Any]]:
     """One row a precision; ``--batch`` sequences of ``--length`` prompt tokens, ``--new`` tokens each.
 
     ``roofline share``: the time in which a copy on this device would move what a decoding step has to read, over the
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     copied = _copy_bytes_a_second(device)
     rows = []
     for name in args.precisions:
+        tell(f"measuring infir2 {name}: {args.batch} prompts of {args.length} tokens, {args.new} new tokens each")
         with fresh_memory(device):
             rows.append(_measure(name, device, copied, args))
     return rows

@@ -32,11 +32,15 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def gemm(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """TFLOP/s of fprop (x W^T) and wgrad (g^T x) on pre-quantised operands; bf16 beside them."""
+def gemm(args: argparse.Namespace, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """TFLOP/s of fprop (x W^T) and wgrad (g^T x) on pre-quantised operands; bf16 beside them.
+
+    ``tell`` hears what is measured.
+    """
     device, tokens = _device(), args.batch * args.length
     rows = []
     for name, (out, inner) in linear_shapes(preset(args.model)).items():
+        tell(f"measuring {name}: {out} x {inner}, {tokens} tokens")
         for kind, (m, n, k), pairs in (
             ("fprop", (tokens, out, inner), _GEMM_PAIRS),
             ("wgrad", (out, inner, tokens), _WGRAD_PAIRS),
@@ -56,12 +60,16 @@ def gemm(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def quantize(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """GB/s of the quantiser: bytes of the bfloat16 input and of all codes and scales, over time."""
+def quantize(args: argparse.Namespace, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """GB/s of the quantiser: bytes of the bfloat16 input and of all codes and scales, over time.
+
+    ``tell`` hears what is measured.
+    """
     device, tokens = _device(), args.batch * args.length
     config = preset(args.model)
     rows = []
     for cols in (config.hidden_size, config.intermediate_size):
+        tell(f"measuring {tokens} x {cols}")
         x = torch.randn(tokens, cols, device=device, dtype=torch.bfloat16)
         cases: dict[str, Callable[[Tensor], list[Operand]]] = {
             "tile": lambda x: [Operand.quantize(x, "tile", "ue8m0")],

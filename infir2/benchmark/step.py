@@ -44,16 +44,18 @@ _FAMILIES = (
 )
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a precision, then one a peer; ratios are to the first row."""
+def run(args: argparse.Namespace, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """One row a precision, then one a peer; ratios are to the first row. ``tell`` hears what is measured."""
     config = preset(args.model)
     config = dataclasses.replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
     rows: list[dict[str, Any]] = []
     with world() as here, collecting_between_steps():
         for name in args.precisions:
+            tell(f"measuring infir2 {name}: {_phases(args)}")
             with fresh_memory(here.device):
                 rows.append(_measure(f"infir2 {name}", _ours(config, name, here, args), config, here, args))
         for name in args.peers:
+            tell(f"measuring {name}: {_phases(args)}")
             with fresh_memory(here.device):
                 recipe = name.partition(":")[2]
                 peer = _ours(config, "bf16", here, args, recipe) if recipe else _transformers(config, here, args)
@@ -62,6 +64,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         row["speed-up"] = rows[0]["step ms"] / row["step ms"]
         row["forward speed-up"] = rows[0]["inference ms"] / row["inference ms"]
     return rows
+
+
+def _phases(args: argparse.Namespace) -> str:
+    return f"{'two' if args.no_compile else 'compiling in two'} steps to warm up, then 3 x {args.repeats}"
 
 
 def _ours(

@@ -13,7 +13,7 @@ def run_local_task(
     task: LocalTask, problems: Sequence[Problem], responder: Responder, scorer: Scorer, seed: int, progress: Progress
 ) -> list[Sample]:
     """All samples of all problems. Raises DataError, before anything is asked, for a label that cannot be used."""
-    _check_labels(task, problems, scorer)
+    check_labels(task, problems, scorer)
     places = [(problem, index) for problem in problems for index in range(task.sampling.samples)]
     asked = [Asked(problem.messages, seed_of(seed, problem.id, problem.messages, index)) for problem, index in places]
     responses = responder.respond(asked, task.sampling, progress)
@@ -34,7 +34,7 @@ def run_local_task(
     ]
 
 
-def _check_labels(task: LocalTask, problems: Sequence[Problem], scorer: Scorer) -> None:
+def check_labels(task: LocalTask, problems: Sequence[Problem], scorer: Scorer) -> None:
     """Score an empty response to each, so that a bad label is found before hours of generation."""
     try:
         scorer.score_many([("", problem.label) for problem in problems])

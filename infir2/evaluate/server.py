@@ -1,5 +1,6 @@
 """A server of our own for as long as an evaluation lasts: started, awaited, and stopped whatever happens."""
 
+import http.client
 import json
 import os
 import queue
@@ -10,12 +11,13 @@ import tempfile
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from types import TracebackType
 from typing import IO
 
-from infir2.errors import UserError
+from infir2.errors import ConfigError, UserError
 
 KEY_VARIABLE = "INFIR2_API_KEY"
 """Environment variable with the key that servers ask for and clients show."""
@@ -124,11 +126,25 @@ def require_health(url: str) -> None:
         raise UserError(f"{where}: {getattr(error, 'reason', error)}") from None
 
 
-def served_models(url: str, api_key: str) -> list[str]:
-    """What GET {url}/models lists. Raises UserError where nobody answers."""
+def base_url(text: str) -> str:
+    """The address of an OpenAI-compatible server without a slash at its end. Raises ConfigError for anything else."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        whole = False
+    if not whole or not text.isascii() or not text.isprintable() or " " in text:
+        raise ConfigError(f"--api-url {text}: is not the address of a server, such as http://127.0.0.1:8000/v1")
+    return text.rstrip("/")
+
+
+def served_models(url: str, api_key: str) -> list[str] | None:
+    """What GET {url}/models lists; None where the server has no such list. Raises UserError where nobody answers."""
     request = urllib.request.Request(f"{url}/models", headers={"Authorization": f"Bearer {api_key}"})
     try:
         with urllib.request.urlopen(request, timeout=30) as reply:
             return [str(model["id"]) for model in json.load(reply)["data"]]
-    except (urllib.error.URLError, OSError, ValueError, KeyError, TypeError) as error:
+    except (http.client.HTTPException, OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code in (404, 405, 501):
+            return None
         raise UserError(f"{url}/models: no OpenAI-compatible server answers: {error}") from None

@@ -1,6 +1,7 @@
 """From a model that a user names to an engine that runs it, in the precision that it was trained or is stored in."""
 
 import argparse
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +87,7 @@ def load_engine(
     from infir2.rollout.options import EngineOptions
 
     source = _open(text)
-    place = options.tokenizer or source.tokenizer
-    if place is None:
-        raise DataError(f"{text}: no tokenizer goes with this model; give one with --tokenizer FOLDER")
-    tokenizer = load_tokenizer(place)
+    tokenizer = load_tokenizer(_tokenizer_place(text, source, options))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, report = load_model(source, options, device, console)
     if report.converted:
@@ -103,6 +101,51 @@ def load_engine(
         seed=options.seed,
     )
     return Engine(model, tokenizer, engine_options), tokenizer, source
+
+
+@dataclass(frozen=True)
+class CheckedModel:
+    """A model that can be loaded and asked, as far as that shows without its weights."""
+
+    weights: str
+    """Changes when weights, tokenizer or configuration do."""
+    longest: int
+    """Tokens of prompt and response together."""
+
+
+def check_chat_model(text: str, options: InferenceOptions) -> CheckedModel:
+    """Raises what ``load_engine`` would, and DataError for a tokenizer that no chat can be written with."""
+    from infir2.data.chat import ChatTokenizer, choose_template
+    from infir2.data.tokenizer import load_tokenizer
+
+    source = _open(text)
+    place = _tokenizer_place(text, source, options)
+    tokenizer = load_tokenizer(place)
+    try:
+        ChatTokenizer(tokenizer, choose_template(tokenizer, "auto"))
+    except DataError as error:
+        raise DataError(f"{text}: {error}") from None
+    limits = (source.architecture.max_position_embeddings, options.max_length, options.cache_tokens)
+    return CheckedModel(_identity(source.path, place), min(limit for limit in limits if limit is not None))
+
+
+def _identity(model: Path, tokenizer: Path) -> str:
+    """Weights by names, sizes and times, the small files beside them by what they hold."""
+    digest = hashlib.sha256()
+    for file in sorted(file for ending in ("*.safetensors", "*.distcp") for file in model.rglob(ending)):
+        stat = file.stat()
+        digest.update(json.dumps([file.name, stat.st_size, stat.st_mtime_ns]).encode())
+    endings = ("*.json", "*.jinja", "*.model", "*.txt")
+    for file in (file for folder in (model, tokenizer) for ending in endings for file in sorted(folder.glob(ending))):
+        digest.update(json.dumps([file.name, hashlib.sha256(file.read_bytes()).hexdigest()]).encode())
+    return digest.hexdigest()
+
+
+def _tokenizer_place(text: str, source: "ModelSource", options: InferenceOptions) -> Path:
+    place = options.tokenizer or source.tokenizer
+    if place is None:
+        raise DataError(f"{text}: no tokenizer goes with this model; give one with --tokenizer FOLDER")
+    return place
 
 
 def load_model(

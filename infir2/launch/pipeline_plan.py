@@ -10,15 +10,17 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from infir2.config import Section
+from infir2.config import Section, load
 from infir2.durable import replace_file
 from infir2.errors import ConfigError, did_you_mean
+from infir2.launch.held_folder import writing
 
 _PLACE = re.compile(r"\{([A-Za-z0-9_.-]+)\}")
 
@@ -87,8 +89,9 @@ class Plan:
         """Write down facts about a stage."""
         state = self.state()
         state[step.name] = {**state.get(step.name, {}), **facts}
-        self.run.mkdir(parents=True, exist_ok=True)
-        replace_file(self.state_file, json.dumps(state, indent=1).encode())
+        with writing(self.run):
+            self.run.mkdir(parents=True, exist_ok=True)
+            replace_file(self.state_file, json.dumps(state, indent=1).encode())
 
     def is_finished(self, step: Step) -> bool:
         facts = self.state().get(step.name, {})
@@ -102,6 +105,19 @@ class Plan:
 def outputs(step: Step) -> list[Path]:
     """What the stage has made: its place, or files of that name with an ending."""
     return [path for path in (step.out, *step.out.parent.glob(f"{step.out.name}.*")) if path.exists()]
+
+
+def read_plan(path: Path, overrides: Sequence[str]) -> Plan:
+    """The plan of a pipeline file, with ``--run`` and ``--vars.NAME`` of the command line. Raises ConfigError."""
+    config = load(PipelineConfig, path, overrides)
+    declared = load(PipelineConfig, path, ["--run", json.dumps(config.run)]).vars
+    known = {*declared, *(name for stage in config.stage for name in _PLACE.findall(stage.command))}
+    given = [word.removeprefix("--vars.").partition("=")[0] for word in overrides if word.startswith("--vars.")]
+    for name in (word.replace("-", "_") for word in given):
+        if name not in known:
+            hint = did_you_mean(name, sorted(declared))
+            raise ConfigError(f"command line: vars.{name}: {path} has no such variable.{hint}")
+    return make_plan(config, str(path))
 
 
 def make_plan(config: PipelineConfig, file: str) -> Plan:

@@ -8,45 +8,71 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from infir2.durable import unused_name
+from infir2.launch.held_folder import writing
 from infir2.launch.pipeline_plan import Plan, Step, outputs
 
 # These go on where they stopped when they are run again; what others had begun is put aside.
 _RESUME = ("cpt", "sft", "rl", "compare", "eval")
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
 
 
 def run_step(plan: Plan, step: Step) -> int:
-    """Run the stage to its end, noting start and finish; returns its exit code."""
+    """Run the stage to its end, noting start and finish; returns its exit code.
+
+    SIGINT and SIGTERM are handed on to it. The code is then 128 + the signal even where the stage finished: the chain
+    was asked to stop.
+    """
     if not (plan.is_started(step) and step.words[0] in _RESUME):
-        _put_aside(plan.run, outputs(step))
-    plan.run.mkdir(parents=True, exist_ok=True)
+        with writing(plan.run):
+            _put_aside(plan.run, outputs(step))
     plan.note(step, started=step.fingerprint, command=step.command_line, at=_now())
     began = time.monotonic()
-    code = _run([*(step.launcher or [sys.executable]), "-m", "infir2", *step.words])
+    code, told = _run([*(step.launcher or [sys.executable]), "-m", "infir2", *step.words])
     if code == 0:
         plan.note(step, finished=step.fingerprint, seconds=round(time.monotonic() - began, 1))
-    return code
+    return 128 + told if told else code
 
 
-def interrupted(code: int) -> bool:
-    """Whether a process that ended with this code was asked to stop."""
-    return code in (130, 143, -signal.SIGINT, -signal.SIGTERM)
+def stop_code(code: int) -> int | None:
+    """The exit code of a chain whose stage ended with ``code``, if that says that somebody asked it to stop."""
+    return next((128 + number for number in _STOPPING if code in (128 + number, -number)), None)
 
 
-def _run(command: list[str]) -> int:
-    """A terminal's Ctrl-C reaches the stage by itself: wait for what it does. SIGTERM is handed on."""
-    process = subprocess.Popen(command, preexec_fn=_end_with_parent if sys.platform == "linux" else None)
-    earlier = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+def _run(command: list[str]) -> tuple[int, int]:
+    """(exit code, the first signal that asked this process to stop, else 0).
+
+    The command is the head of a process group, so that a terminal's Ctrl-C reaches it through this process alone: a
+    training stage takes a second SIGINT for impatience and does not save.
+    """
+    process: subprocess.Popen[bytes] | None = None
+    told: list[int] = []
+
+    def hand_on(number: int, frame: Any) -> None:
+        told.append(number)
+        if process is not None:
+            process.send_signal(number)
+
+    def suspend(number: int, frame: Any) -> None:  # Ctrl-Z, which does not reach the group of the command either
+        if process is not None:
+            os.killpg(process.pid, signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            os.killpg(process.pid, signal.SIGCONT)
+
+    earlier = {number: signal.signal(number, hand_on) for number in _STOPPING}
+    earlier[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, suspend)
     try:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:
-                continue
+        prepare = _end_with_parent if sys.platform == "linux" else None
+        process = subprocess.Popen(command, preexec_fn=prepare, process_group=0)
+        for number in told:  # while it was being started
+            process.send_signal(number)
+        return process.wait(), told[0] if told else 0
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def _end_with_parent() -> None:

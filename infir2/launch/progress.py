@@ -1,6 +1,7 @@
 """Bars on the terminal for work that takes longer than one likes to wait without a sign.
 
-They are drawn on stderr, vanish at the end, and are left out where stderr is no terminal.
+They are drawn on stderr and vanish at the end. Where stderr is no terminal, what is counted is told in a line now and
+then, and the others are left out.
 """
 
 import time
@@ -24,6 +25,8 @@ from rich.progress import (
 
 PATIENCE = 2.0
 """Seconds until a bar shows that is not needed for work that is soon done."""
+LINE_SECONDS = (10.0, 60.0)
+"""Between two lines where there is no terminal: in the first ten minutes, and after them."""
 
 
 class Report(Protocol):
@@ -42,9 +45,9 @@ def bytes_bar(console: Console, what: str, after: float = PATIENCE) -> Iterator[
 
 @contextmanager
 def count_bar(console: Console, what: str) -> Iterator[Report]:
-    """A bar of things that are counted; none where ``console`` is quiet."""
+    """A bar of things that are counted, or lines where there is no terminal; none where ``console`` is quiet."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with _bar(what, columns, console.quiet) as report:
+    with _bar(what, columns, console.quiet, lines=True) as report:
         yield report
 
 
@@ -68,10 +71,13 @@ def by_pieces(report: Report, total: int) -> Callable[[int], None]:
 
 
 @contextmanager
-def _bar(what: str, columns: tuple[ProgressColumn, ...], quiet: bool, after: float = 0.0) -> Iterator[Report]:
+def _bar(
+    what: str, columns: tuple[ProgressColumn, ...], quiet: bool, after: float = 0.0, lines: bool = False
+) -> Iterator[Report]:
     console = Console(stderr=True, quiet=quiet)
     bar = Progress(TextColumn("{task.description}"), *columns, console=console, transient=True)
     task, started, shown = bar.add_task(what, total=None), time.monotonic(), False
+    told = _Lines(console, what) if lines and not console.is_terminal else None
 
     def show() -> None:
         nonlocal shown
@@ -82,6 +88,8 @@ def _bar(what: str, columns: tuple[ProgressColumn, ...], quiet: bool, after: flo
     def report(done: float, total: float, what: str | None = None) -> None:
         bar.update(task, description=what, completed=done, total=total or None)
         show()
+        if told is not None:
+            told.report(done, total, what)
 
     show()
     try:
@@ -89,3 +97,20 @@ def _bar(what: str, columns: tuple[ProgressColumn, ...], quiet: bool, after: flo
     finally:
         if shown:
             bar.stop()
+
+
+class _Lines:
+    """What a bar would show, in a line now and then: for a file, a pipe, a job's log."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        self.console, self.what = console, what
+        self.started = self.told = time.monotonic()
+
+    def report(self, done: float, total: float, what: str | None) -> None:
+        self.what, now = what or self.what, time.monotonic()
+        if now - self.told < LINE_SECONDS[0 if now - self.started < 600 else 1]:
+            return
+        self.told = now
+        of = f"/{total:,.0f}" if total else ""
+        text = f"{self.what}: {done:,.0f}{of} after {now - self.started:,.0f} s"
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)

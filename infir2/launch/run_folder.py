@@ -1,6 +1,5 @@
 """The folder of one training run: who may write into it, and what is written there before training starts."""
 
-import fcntl
 import json
 import signal
 from collections.abc import Iterator
@@ -10,9 +9,9 @@ from pathlib import Path
 from infir2.config import TrainingConfig, to_toml
 from infir2.data.tokenizer import copy_tokenizer
 from infir2.durable import replace_file, unused_name
-from infir2.errors import UserError
 from infir2.fp8.convert import SwapReport
 from infir2.launch.environment import environment
+from infir2.launch.held_folder import held
 from infir2.parallel.runtime import World
 
 
@@ -26,20 +25,7 @@ def locked(run: Path, world: World) -> Iterator[None]:
     if not world.is_main:
         yield
         return
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run}: is a file, but a run needs a folder; give another --run")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        file = open(run / ".lock", "a")  # noqa: SIM115 - held open for as long as the lock is wanted
-    except OSError as error:
-        raise UserError(f"{error.filename or run}: cannot be written: {error.strerror}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{run}: another process is training into this run folder; wait for it, stop it, or give another --run"
-            ) from None
+    with held(run, "another process is training into this run folder", "give another --run"):
         yield
 
 
@@ -77,13 +63,3 @@ def write_run_record(config: TrainingConfig, run: Path, report: SwapReport, worl
         replace_file(unused_name(current), earlier)
     replace_file(current, text)
     replace_file(run / "run.json", json.dumps(record, indent=1).encode())
-
-
-@contextmanager
-def writing(run: Path) -> Iterator[None]:
-    """Raise UserError, naming the file, where something cannot be written into the run folder."""
-    try:
-        yield
-    except OSError as error:
-        reason = f"{error.filename or run}: cannot be written: {error.strerror or error}"
-        raise UserError(f"{reason}; make room or mend it, and run the same command again") from None

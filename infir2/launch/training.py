@@ -19,8 +19,9 @@ from infir2.errors import CheckpointError, ConfigError
 from infir2.fp8.convert import SwapReport, convert, keep_outer_layers, refresh_weights
 from infir2.fp8.recipe import recipe_named
 from infir2.kernels.matmul import unsupported_reason
+from infir2.launch.held_folder import writing
 from infir2.launch.resume import changes_on_resume
-from infir2.launch.run_folder import locked, write_run_record, writing
+from infir2.launch.run_folder import locked, write_run_record
 from infir2.model.config import ModelConfig, from_hf
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM

@@ -15,6 +15,8 @@ from infir2.errors import ConfigError
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket; port 0 takes a free one. Raises ConfigError where the address cannot be had."""
+    if not 0 <= port <= 65_535:
+        raise ConfigError(f"--port: {port} is not between 0 and 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

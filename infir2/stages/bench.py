@@ -5,24 +5,32 @@ decode    the rollout engine: prompts read and tokens made a second
 gemm      the three GEMMs of every linear shape of a model
 quantize  the quantiser's kernels: bytes read and written over time
 
-Figures are medians. --json writes them with command, commit, device and versions.
+Figures are medians. --json writes them with command, commit, device and versions. Without a GPU, FP8 is emulated and
+figures tell about this machine alone: the small presets and short sequences are measured.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+from infir2.errors import ConfigError
+
 PEERS = ("hf", "torchao:tensorwise", "torchao:rowwise", "torchao:rowwise_with_gw_hp")
 PRECISIONS = ("bf16", "blockwise", "hybrid", "rowwise", "tensorwise")
+# Of arguments that are not given: on a GPU, and without one.
+DEFAULTS = {"model": ("qwen2.5-1.5b", "tiny"), "length": (8192, 512), "new": (1024, 64), "repeats": (10, 3)}
+WITHOUT_GPU = ("micro", "tiny", "small-150m")
+"""Presets that a CPU gets through."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["step", "decode", "gemm", "quantize"])
-    parser.add_argument("--model", default="qwen2.5-1.5b", help="preset whose shapes are used (qwen2.5-1.5b)")
+    parser.add_argument("--model", help=f"preset whose shapes are used ({_default('model')})")
     parser.add_argument("--batch", type=int, default=2, help="sequences (2)")
-    parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence (8192)")
-    parser.add_argument("--new", type=int, default=1024, help="decode: tokens made after a prompt of --length (1024)")
+    parser.add_argument("--length", type=int, help=f"tokens of a sequence ({_default('length')})")
+    parser.add_argument("--new", type=int, help=f"decode: tokens made after a prompt of --length ({_default('new')})")
     parser.add_argument("--cache", choices=["auto", "fp8"], default="auto", help="decode: dtype of keys and values")
     parser.add_argument("--layers", type=int, default=0, help="decoder layers (0 = the model's)")
     parser.add_argument(
@@ -48,20 +56,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--eager", action="store_true", help="step: launch every kernel, instead of CUDA graphs")
     parser.add_argument("--no-compile", action="store_true", help="step: leave layers uncompiled")
-    parser.add_argument("--repeats", type=int, default=10, help="timed repetitions (10)")
+    parser.add_argument("--repeats", type=int, help=f"timed repetitions ({_default('repeats')})")
     parser.add_argument("--profile", action="store_true", help="step, decode: GPU time by kernel family")
     parser.add_argument("--json", type=Path, help="write the figures here")
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
     from rich.console import Console
     from rich.table import Table
 
     from infir2.benchmark import decode, kernels, step
     from infir2.launch.environment import environment
 
-    benches = {"step": step.run, "decode": decode.run}
-    rows = (benches | {"gemm": kernels.gemm, "quantize": kernels.quantize})[args.what](args)
+    choose_size(args, torch.cuda.is_available())
+    benches = {"step": step.run, "decode": decode.run, "gemm": kernels.gemm, "quantize": kernels.quantize}
+    rows = benches[args.what](args, _tell)
     for title, keys in _tables(rows):
         table = Table(title=title or f"bench {args.what}: {args.model}, {args.batch} x {args.length}")
         for key in keys:
@@ -74,6 +84,34 @@ def run(args: argparse.Namespace) -> int:
         record = {**environment(), "rows": rows}
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def choose_size(args: argparse.Namespace, on_gpu: bool) -> None:
+    """Fill in what was not given. Raises ConfigError for a model that is too large without a GPU."""
+    from infir2.model.presets import PRESETS
+
+    for name, choices in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, choices[0 if on_gpu else 1])
+    if on_gpu:
+        return
+    if args.model in PRESETS and args.model not in WITHOUT_GPU:
+        raise ConfigError(
+            f"--model {args.model}: no GPU here, and a CPU would take hours; give one of {', '.join(WITHOUT_GPU)}"
+        )
+    _tell(
+        f"no GPU here: FP8 is emulated; {args.model}, {args.batch} x {args.length} tokens, {args.repeats} repetitions"
+    )
+
+
+def _default(name: str) -> str:
+    on_gpu, without = DEFAULTS[name]
+    return f"{on_gpu}; without a GPU {without}"
+
+
+def _tell(what: str) -> None:
+    """On stderr: what is measured right now, beside the table that may go to a file."""
+    print(what, file=sys.stderr, flush=True)
 
 
 def _tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:

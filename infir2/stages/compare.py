@@ -3,7 +3,8 @@
 For every seed the recipe is trained once in each precision, with the same first weights and the same batches. The
 answer is the mean relative difference of the final held-out losses with a 95 % confidence interval over the seeds.
 Finished runs are not repeated; an interrupted one is resumed. Other keys of the recipe can differ too:
-`--precisions hybrid hybrid+optim.moments=bfloat16`.
+`--precisions hybrid hybrid+optim.moments=bfloat16`. Everything is written into RUN-compare, where RUN is the recipe's
+run folder, or into the folder that --run names.
 """
 
 import argparse
@@ -26,7 +27,7 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a CPT recipe; its run key names the folder")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a CPT recipe")
     parser.add_argument(
         "--precisions", nargs="+", default=["bf16", "blockwise", "hybrid"], type=_precision, metavar="NAME[+KEY=VALUE]",
         help="FP8 recipes to compare, each perhaps with other keys of the recipe changed; the first is the baseline "
@@ -46,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
     for option, values in (("--precisions", args.precisions), ("--seeds", args.seeds)):
         if len(set(values)) < len(values):
             raise ConfigError(f"{option}: {' '.join(map(str, values))}: one is named twice")
-    config = load(CptConfig, args.recipe, args.overrides)
+    if len(args.precisions) < 2:
+        raise ConfigError(f"--precisions: {args.precisions[0]}: nothing to compare it with; name the baseline first")
+    config = own_folder(load(CptConfig, args.recipe, args.overrides), args.overrides)
     if not config.train.eval_every:
         raise ConfigError(f"{args.recipe}: train.eval_every is 0, but the held-out loss is what is compared")
     for name in args.precisions:
@@ -78,6 +81,18 @@ def run(args: argparse.Namespace) -> int:
         )
     print(f"written to {folder}/compare.json and {folder}/report.html")
     return 0
+
+
+def own_folder(config: CptConfig, overrides: Sequence[str]) -> CptConfig:
+    """The recipe with a run folder for the comparison alone: the one that the command line names, else RUN-compare.
+
+    Raises ConfigError where there is a training run in it.
+    """
+    named = any(word.partition("=")[0] == "--run" for word in overrides)
+    folder = Path(config.run if named else f"{config.run.rstrip('/')}-compare")
+    if (folder / "metrics.jsonl").exists():
+        raise ConfigError(f"--run {folder}: holds a training run; give a comparison a folder of its own")
+    return changed(config, [f"--run={json.dumps(str(folder))}"])
 
 
 def summarise(folder: Path, precisions: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:

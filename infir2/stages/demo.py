@@ -20,8 +20,7 @@ from typing import Any
 from rich.console import Console
 
 import infir2
-from infir2.config import load
-from infir2.launch.pipeline_plan import PipelineConfig, make_plan
+from infir2.launch.pipeline_plan import read_plan
 from infir2.stages.pipeline import run_plan, show
 
 RECIPES = Path(infir2.__file__).parent / "recipes"
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     size = args.size or default_size(this_machine())
     chain = RECIPES / f"pipeline_{size}.toml"
     words = ["--run", args.out, "--vars.recipes", str(RECIPES), "--vars.text", str(corpus(size))]
-    plan = make_plan(load(PipelineConfig, chain, words), str(chain))
+    plan = read_plan(chain, words)
     console = Console()
     if args.list:
         show(plan, console)

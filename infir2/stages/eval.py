@@ -8,32 +8,36 @@ SGLang's, vLLM's), whose key is --api-key or the variable INFIR2_API_KEY. Tasks:
 The benchmarks run with the paper's numbers of tokens and samples, temperature 0.65 and top-p 0.95, through a server
 that the command starts and stops; --data DIR reads their rows from local copies. Local tasks run in this process.
 
-It prints a table and writes OUT/eval.json and every sample to OUT/MODEL/TASK.jsonl. With --paired, both models are
-asked the same problems, in local tasks with the same random numbers, and the difference has a confidence interval and
-the p-value of a sign-flip permutation test over problems.
+It prints a table and writes OUT/eval.json, and every sample to OUT/MODEL/TASK.jsonl as soon as a task is finished. The
+same command again goes on after the finished local tasks. Other tasks of the same models join those in OUT; another
+evaluation (models, weights, problems, settings) wants another --out.
+
+With --paired, both models are asked the same problems, in local tasks with the same random numbers, and the difference
+has a confidence interval and the p-value of a sign-flip permutation test over problems.
 """
 
 import argparse
 import gc
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from infir2.durable import replace_file
 from infir2.errors import ConfigError, UserError
+from infir2.evaluate.results_folder import Origin, ResultsFolder, problems_digest
 from infir2.evaluate.server import KEY_VARIABLE
-from infir2.evaluate.tasks import HELP, Benchmark, LocalTask, parse_tasks, problems_of, with_sampling
+from infir2.evaluate.tasks import HELP, Benchmark, LocalTask, Problem, parse_tasks, problems_of, with_sampling
 from infir2.launch.inference import InferenceOptions, add_inference_arguments
 from infir2.launch.progress import count_bar
 
 if TYPE_CHECKING:
+    from infir2.evaluate.harness import Settings
+    from infir2.evaluate.local_data import Staged
     from infir2.evaluate.respond import Responder
     from infir2.evaluate.score import Paired, Sample, TaskScore
     from infir2.reward.score import Scorer
@@ -49,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("models", nargs="+", metavar="MODEL", help="one or several models")
     add("--tasks", required=True, metavar="A,B", help="what to evaluate, separated by commas")
     add("--paired", action="store_true", help="compare the second model with the first, problem by problem")
-    add("--out", type=Path, default=Path("runs/eval"), help="folder for everything that is written (%(default)s)")
+    add("--out", type=Path, help="folder for everything that is written (runs/eval/MODEL+MODEL...)")
     add("--samples", type=int, metavar="K", help="samples of each problem (default: the task's)")
     add("--max-tokens", type=int, metavar="N", help="longest response (default: the task's)")
     add("--temperature", type=float, metavar="T", help="(default: 0.65)")
@@ -68,32 +72,152 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from infir2.evaluate.harness import find_evalscope
-    from infir2.evaluate.score import paired, summarise
     from infir2.launch.environment import environment
+    from infir2.launch.held_folder import held
 
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 160  # a file has no edge at which a table would have to break
-    tasks = _tasks(args)
-    names = _names(args)
-    files = dict(zip([task.name for task in tasks], _distinct([_file_name(task.name) for task in tasks])))
+    tasks, names = _tasks(args), _names(args)
+    out = args.out or Path("runs/eval") / "+".join(names)
     python = find_evalscope(args.evalscope_python) if any(isinstance(task, Benchmark) for task in tasks) else None
     environment_now = environment()
-    samples: dict[str, Samples] = {}
     with closing(_Scorers(args.unsafe_code_exec)) as scorers:
-        for text, name in zip(args.models, names):
-            samples[name] = _evaluate(args, text, name, tasks, python, console, scorers)
-            for task in tasks:
-                _write_samples(args.out / name / f"{files[task.name]}.jsonl", samples[name][task.name])
-    scores = {name: {task.name: summarise(samples[name][task.name]) for task in tasks} for name in names}
-    pairs = {}
-    if args.paired:
-        first, second = (samples[name] for name in names)
-        pairs = {task.name: paired(first[task.name], second[task.name]) for task in tasks}
-    _write_json(args.out / "eval.json", {**environment_now, **_result(args, names, tasks, scores, pairs)})
-    _show(console, names, tasks, scores, pairs)
-    console.print(f"written to {args.out / 'eval.json'}; every sample beside it")
+        # Whatever can be wrong shows before anything is asked.
+        problems = _problems(args, tasks, scorers)
+        weights = _checked_models(args, tasks, console)
+        with held(out, "another evaluation is writing into this folder", "give another --out"):
+            folder = ResultsFolder(out, {key: environment_now[key] for key in ("commit", "device", "versions")})
+            models = _models(args, names, weights, tasks, problems, python, out)
+            folder.check([origin for model in models for origin in model.origins.values()])
+            work = _Work(args, tasks, problems, python, folder, console, scorers)
+            samples = {model.name: _evaluate(work, model) for model in models}
+            result, shown = _figures(args, names, tasks, samples)
+            folder.write_figures({**environment_now, **result})
+    _show(console, names, tasks, *shown)
+    console.print(f"written to {folder.figures}; every sample beside it")
     return 0
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model that has been checked."""
+
+    text: str
+    """As the command line names it."""
+    name: str
+    """In the table and in OUT."""
+    weights: str
+    """Changes when they do."""
+    staged: "dict[str, Staged]"
+    """Rows of each benchmark, where they are local copies."""
+    origins: dict[str, Origin]
+    """What the samples of each task follow from."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is done with every model."""
+
+    args: argparse.Namespace
+    tasks: list[Task]
+    problems: dict[str, list[Problem]]
+    """Of every local task."""
+    python: Path | None
+    """evalscope's, where there is a benchmark."""
+    folder: ResultsFolder
+    console: Console
+    scorers: "_Scorers"
+
+    @property
+    def settings(self) -> "Settings":
+        assert self.python is not None
+        return _evalscope_settings(self.args, self.python)
+
+
+def _problems(args: argparse.Namespace, tasks: list[Task], scorers: "_Scorers") -> dict[str, list[Problem]]:
+    """Of every local task; each has a label that its grader can use."""
+    from infir2.evaluate.local import check_labels
+
+    found = {}
+    for task in tasks:
+        if isinstance(task, LocalTask):
+            found[task.name] = problems_of(task, args.limit)
+            check_labels(task, found[task.name], scorers.of(task))
+    return found
+
+
+def _checked_models(args: argparse.Namespace, tasks: list[Task], console: Console) -> list[str]:
+    """What tells each model's weights from others. Raises UserError for a model that cannot be asked."""
+    from infir2.evaluate.server import base_url, served_models
+    from infir2.launch.inference import check_chat_model
+
+    if args.api_url is None:
+        checked = [check_chat_model(text, InferenceOptions.of(args)) for text in args.models]
+        for text, model in zip(args.models, checked):
+            _check_room(text, model.longest, tasks, console)
+        return [model.weights for model in checked]
+    args.api_url = base_url(args.api_url)
+    listed = served_models(args.api_url, _api_key(args))
+    for text in args.models:
+        if listed is not None and text not in listed:
+            raise UserError(f"{args.api_url}: serves {', '.join(listed)}, not {text}")
+    return [f"{text} at {args.api_url}" for text in args.models]
+
+
+def _check_room(text: str, longest: int, tasks: list[Task], console: Console) -> None:
+    """Say where responses cannot be as long as they may. Our server refuses such requests."""
+    for task in tasks:
+        if (wanted := task.sampling.max_tokens) < longest:
+            continue
+        room = f"{task.name} asks for responses of {wanted} tokens, but with the prompt there is room for {longest}"
+        if isinstance(task, Benchmark):
+            raise UserError(f"{text}: {room}; give a smaller --max-tokens")
+        console.print(f"note: {text}: {room}: longer ones are cut, and count as truncated")
+
+
+def _models(
+    args: argparse.Namespace,
+    names: list[str],
+    weights: list[str],
+    tasks: list[Task],
+    problems: dict[str, list[Problem]],
+    python: Path | None,
+    out: Path,
+) -> list[_Model]:
+    """With the rows of the benchmarks, which lie in OUT/NAME from now on."""
+    from infir2.evaluate.harness import prepare
+
+    benchmarks = [task for task in tasks if isinstance(task, Benchmark)]
+    files = _distinct([_file_name(task.name) for task in tasks])
+    digests: dict[str, str | None] = {name: problems_digest(found) for name, found in problems.items()}
+    engine = {"seed": args.seed, "max_length": args.max_length, **_engine(args)}
+    models = []
+    for text, name, own in zip(args.models, names, weights):
+        place = out / name / "evalscope"
+        staged = prepare(benchmarks, _evalscope_settings(args, python), place) if python is not None else {}
+        digests |= {benchmark: rows.digest for benchmark, rows in staged.items()}
+        origins = {}
+        for task, file in zip(tasks, files):
+            asked = {"task": task.name, **task.sampling.__dict__, "limit": args.limit}
+            asked["problems"] = digests.get(task.name)
+            origins[task.name] = Origin(name, file, {"weights": own, **engine}, asked)
+        models.append(_Model(text, name, own, staged, origins))
+    return models
+
+
+def _evalscope_settings(args: argparse.Namespace, python: Path) -> "Settings":
+    from infir2.evaluate.harness import Settings
+
+    return Settings(python, args.data, args.limit, args.concurrency, args.unsafe_code_exec)
+
+
+def _api_key(args: argparse.Namespace) -> str:
+    return args.api_key or os.environ.get(KEY_VARIABLE) or "EMPTY"
+
+
+def _engine(args: argparse.Namespace) -> dict[str, Any]:
+    return {"precision": args.precision, "dtype": args.dtype, "cache_dtype": args.cache_dtype}
 
 
 def _tasks(args: argparse.Namespace) -> list[Task]:
@@ -149,69 +273,71 @@ class _Scorers:
             scorer.close()
 
 
-def _evaluate(
-    args: argparse.Namespace,
-    text: str,
-    name: str,
-    tasks: list[Task],
-    python: Path | None,
-    console: Console,
-    scorers: _Scorers,
-) -> Samples:
+def _evaluate(work: _Work, model: _Model) -> Samples:
     """All tasks of one model: local ones in this process, benchmarks through a server."""
-    from infir2.evaluate.harness import Endpoint, Settings, prepare, run_benchmarks
     from infir2.evaluate.respond import ApiResponder
 
-    local = [task for task in tasks if isinstance(task, LocalTask)]
-    benchmarks = [task for task in tasks if isinstance(task, Benchmark)]
-    key = args.api_key or os.environ.get(KEY_VARIABLE) or "EMPTY"
-    folder = args.out / name / "evalscope"
-    if python is not None:
-        settings = Settings(python, args.data, args.limit, args.concurrency, args.unsafe_code_exec)
-        staged = prepare(benchmarks, settings, folder)  # what is missing shows before a model is loaded
-    found: Samples = {}
-    if local and args.api_url:
-        responder = ApiResponder(args.api_url, key, text, args.concurrency)
-        found |= _local(args, local, responder, name, console, scorers)
-    elif local:
-        found |= _in_process(args, text, local, name, console, scorers)
-    if python is not None:
-        with _endpoint(args, text, key, console) as (url, api_key, model):
-            endpoint = Endpoint(url, api_key, model, url if args.api_url else _weights_identity(text))
-            with count_bar(console, f"{name}: evalscope") as progress:
-                found |= run_benchmarks(benchmarks, staged, endpoint, settings, folder, progress)
+    args = work.args
+    local = [task for task in work.tasks if isinstance(task, LocalTask)]
+    found = _finished(work, model, local)
+    if missing := [task for task in local if task.name not in found]:
+        if args.api_url:
+            responder = ApiResponder(args.api_url, _api_key(args), model.text, args.concurrency)
+            found |= _local(work, model, missing, responder)
+        else:
+            found |= _in_process(work, model, missing)
+    if work.python is not None:
+        found |= _benchmarks(work, model)
     return found
 
 
-def _in_process(
-    args: argparse.Namespace, text: str, tasks: list[LocalTask], name: str, console: Console, scorers: _Scorers
-) -> Samples:
+def _finished(work: _Work, model: _Model, tasks: list[LocalTask]) -> Samples:
+    """The samples of tasks that were finished before. None through a server: nobody can tell what it serves now."""
+    found: Samples = {}
+    for task in tasks if work.args.api_url is None else ():
+        origin = model.origins[task.name]
+        if (samples := work.folder.finished(origin)) is not None:
+            found[task.name] = samples
+            place = work.folder.samples_file(origin)
+            work.console.print(f"{model.name}: {task.name} is finished: {place}; delete that file to ask again")
+    return found
+
+
+def _in_process(work: _Work, model: _Model, tasks: list[LocalTask]) -> Samples:
     """Local tasks with an engine of this process, whose memory is given back for the next model or the server."""
     import torch
 
     try:
-        return _local(args, tasks, _engine_responder(args, text, console), name, console, scorers)
+        return _local(work, model, tasks, _engine_responder(work.args, model.text, work.console))
     finally:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _local(
-    args: argparse.Namespace,
-    tasks: list[LocalTask],
-    responder: "Responder",
-    name: str,
-    console: Console,
-    scorers: _Scorers,
-) -> Samples:
+def _local(work: _Work, model: _Model, tasks: list[LocalTask], responder: "Responder") -> Samples:
     from infir2.evaluate.local import run_local_task
 
     found: Samples = {}
     for task in tasks:
-        with count_bar(console, f"{name}: {task.name}") as progress:
-            problems = problems_of(task, args.limit)
-            found[task.name] = run_local_task(task, problems, responder, scorers.of(task), args.seed, progress)
+        problems, scorer = work.problems[task.name], work.scorers.of(task)
+        with count_bar(work.console, f"{model.name}: {task.name}") as progress:
+            found[task.name] = run_local_task(task, problems, responder, scorer, work.args.seed, progress)
+        work.folder.write(model.origins[task.name], found[task.name])
+    return found
+
+
+def _benchmarks(work: _Work, model: _Model) -> Samples:
+    from infir2.evaluate.harness import Endpoint, run_benchmarks
+
+    benchmarks = [task for task in work.tasks if isinstance(task, Benchmark)]
+    place = work.folder.out / model.name / "evalscope"
+    with _endpoint(work, model) as (url, api_key, name):
+        endpoint = Endpoint(url, api_key, name, url if work.args.api_url else model.weights)
+        with count_bar(work.console, f"{model.name}: evalscope") as progress:
+            found = run_benchmarks(benchmarks, model.staged, endpoint, work.settings, place, progress)
+    for task in benchmarks:
+        work.folder.write(model.origins[task.name], found[task.name])
     return found
 
 
@@ -228,28 +354,16 @@ def _engine_responder(args: argparse.Namespace, text: str, console: Console) -> 
 
 
 @contextmanager
-def _endpoint(args: argparse.Namespace, text: str, key: str, console: Console) -> Iterator[tuple[str, str, str]]:
+def _endpoint(work: _Work, model: _Model) -> Iterator[tuple[str, str, str]]:
     """(URL, key, model's name there): of the server that was named, else of one that lives as long as the block."""
-    from infir2.evaluate.server import LocalServer, served_models
+    from infir2.evaluate.server import LocalServer
 
-    if args.api_url:
-        url = args.api_url.rstrip("/")
-        listed = served_models(url, key)
-        if text not in listed:
-            raise UserError(f"{url}: serves {', '.join(listed)}, not {text}")
-        yield url, key, text
+    if work.args.api_url:
+        yield work.args.api_url, _api_key(work.args), model.text
         return
-    console.print(f"starting a server for {text}")
-    with LocalServer(text, _server_options(args)) as server:
+    work.console.print(f"starting a server for {model.text}")
+    with LocalServer(model.text, _server_options(work.args)) as server:
         yield server.url, server.api_key, server.name
-
-
-def _weights_identity(text: str) -> str:
-    """Changes when the weights do: names, sizes and times of their files."""
-    path = Path(text).expanduser()
-    files = sorted(file for pattern in ("*.safetensors", "*.distcp") for file in path.rglob(pattern))
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 def _server_options(args: argparse.Namespace) -> list[str]:
@@ -261,20 +375,26 @@ def _server_options(args: argparse.Namespace) -> list[str]:
     return options
 
 
-def _result(
-    args: argparse.Namespace, names: list[str], tasks: list[Task], scores: dict[str, Any], pairs: "dict[str, Paired]"
-) -> dict[str, Any]:
+def _figures(
+    args: argparse.Namespace, names: list[str], tasks: list[Task], samples: dict[str, Samples]
+) -> "tuple[dict[str, Any], tuple[dict[str, dict[str, TaskScore]], dict[str, Paired]]]":
+    """What eval.json holds, and the scores of models and the comparisons in it."""
+    from infir2.evaluate.score import paired, summarise
+
+    scores = {name: {task.name: summarise(samples[name][task.name]) for task in tasks} for name in names}
     models = [
         {"name": name, "model": text, "tasks": {task: score.to_json() for task, score in scores[name].items()}}
         for name, text in zip(names, args.models)
     ]
     settings = {task.name: {**task.sampling.__dict__, "limit": args.limit} for task in tasks}
-    engine = {"precision": args.precision, "dtype": args.dtype, "cache_dtype": args.cache_dtype}
-    result: dict[str, Any] = {"seed": args.seed, "engine": engine, "settings": settings, "models": models}
-    if pairs:
+    result: dict[str, Any] = {"seed": args.seed, "engine": _engine(args), "settings": settings, "models": models}
+    pairs = {}
+    if args.paired:
+        first, second = (samples[name] for name in names)
+        pairs = {task.name: paired(first[task.name], second[task.name]) for task in tasks}
         compared = {task: pair.to_json() for task, pair in pairs.items()}
         result["paired"] = {"first": names[0], "second": names[1], "tasks": compared}
-    return result
+    return result, (scores, pairs)
 
 
 def _show(
@@ -306,22 +426,6 @@ def _show(
 def _interval(low: float | None, high: float | None, sign: str = "") -> str:
     """A dash where there is none."""
     return "–" if low is None or high is None else f"{low:{sign}.1%} to {high:{sign}.1%}"
-
-
-def _write_samples(path: Path, samples: "list[Sample]") -> None:
-    _write(path, "".join(json.dumps(sample.__dict__, ensure_ascii=False) + "\n" for sample in samples))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write(path, json.dumps(content, indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, text.encode())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _file_name(name: str) -> str:

@@ -29,10 +29,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from infir2.config import load
 from infir2.errors import UserError
-from infir2.launch.pipeline_plan import PipelineConfig, Plan, Step, make_plan
-from infir2.launch.pipeline_run import interrupted, run_step
+from infir2.launch.held_folder import held
+from infir2.launch.pipeline_plan import Plan, Step, read_plan
+from infir2.launch.pipeline_run import run_step, stop_code
 from infir2.report import write_chain_report
 from infir2.train.live import duration
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    plan = make_plan(load(PipelineConfig, args.pipeline, args.overrides), str(args.pipeline))
+    plan = read_plan(args.pipeline, args.overrides)
     console = Console()
     if args.list:
         show(plan, console)
@@ -64,31 +64,32 @@ def show(plan: Plan, console: Console) -> None:
 def run_plan(plan: Plan, console: Console, until: str | None = None) -> int:
     """Run what is not finished, then write the report; returns the exit code.
 
-    Raises UserError for an unknown ``until``, and StageFailed.
+    Raises UserError for an unknown ``until`` and for a folder in which another chain runs or that cannot be written,
+    and StageFailed.
     """
     names = [step.name for step in plan.steps]
     if until is not None and until not in names:
         raise UserError(f"--until {until}: no stage of that name; the stages are {', '.join(names)}")
     last = len(names) if until is None else names.index(until) + 1
     began = time.monotonic()
-    for number, step in enumerate(plan.steps[:last], 1):
-        done = plan.is_finished(step)
-        _headline(console, number, len(names), step, "is finished" if done else "")
-        if done:
-            continue
-        if code := run_step(plan, step):
-            return _stopped(step, code)
-    report = plan.run / "report.html"
-    write_chain_report(plan.run, report)
+    # A lock of its own, beside that of a training stage whose run folder is the chain's.
+    with held(plan.run, "another pipeline is running in this folder", "give another folder", ".pipeline.lock"):
+        for number, step in enumerate(plan.steps[:last], 1):
+            done = plan.is_finished(step)
+            _headline(console, number, len(names), step, "is finished" if done else "")
+            if not done and (code := run_step(plan, step)):
+                raise _stopped(step, code)
+        report = plan.run / "report.html"
+        write_chain_report(plan.run, report)
     took = duration(time.monotonic() - began)
     console.print(f"\nfinished in {took}; open [bold]{report}[/bold]", highlight=False, soft_wrap=True)
     return 0
 
 
-def _stopped(step: Step, code: int) -> int:
-    if interrupted(code):
-        raise StageFailed(f"interrupted in stage {step.name!r}; the same command goes on from there", 130)
-    raise StageFailed(f"stage {step.name!r} ended with exit code {code}; mend it, and run the same command", code)
+def _stopped(step: Step, code: int) -> "StageFailed":
+    if stopped := stop_code(code):
+        return StageFailed(f"interrupted in stage {step.name!r}; the same command goes on from there", stopped)
+    return StageFailed(f"stage {step.name!r} ended with exit code {code}; mend it, and run the same command", code)
 
 
 def _headline(console: Console, number: int, total: int, step: Step, note: str) -> None:

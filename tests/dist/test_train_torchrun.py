@@ -212,7 +212,7 @@ def test_compare_is_written_once(recipe: Recipe, tmp_path: Path) -> None:
     assert process.returncode == 0, err
     assert said.count("written to") == 1
     assert json.loads(out.read_text())["difference"]["blockwise"]["seeds"] == [1]
-    assert (run / "report.html").exists()
+    assert (run.with_name("pair-compare") / "report.html").exists()
 
 
 def metrics_lines_so_far(run: Path) -> list[str]:

@@ -1,11 +1,14 @@
 """`infir2 bench` on a tiny shape: every kind runs, prints a table and writes what it measured."""
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from infir2.cli import main
+from infir2.stages import bench
 
 SMALL = ["--model", "tiny", "--repeats", "1"]
 
@@ -23,7 +26,10 @@ def test_a_step_of_each_precision_and_of_a_peer(tmp_path: Path, capsys: pytest.C
     assert [row["what"] for row in found] == ["infir2 bf16", "infir2 hybrid/recompute", "hf"]
     assert all(row["step ms"] > row["inference ms"] > 0 and row["with AdamW ms"] > 0 for row in found)
     assert found[1]["speed-up"] == pytest.approx(found[0]["step ms"] / found[1]["step ms"])
-    assert "hybrid/recompute" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "hybrid/recompute" in shown.out
+    told = [line.partition(":")[0] for line in shown.err.splitlines() if line.startswith("measuring")]
+    assert told == ["measuring infir2 bf16", "measuring infir2 hybrid/recompute", "measuring hf"]
 
 
 def test_decoding(tmp_path: Path) -> None:
@@ -41,3 +47,26 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "decode", "--precisions", "hybrid/fp16"]) == 2
     assert main(["bench", "decode", "--precisions", "hybrid/bf16", *SMALL]) == 2
     assert "give hybrid" in capsys.readouterr().err
+
+
+def test_the_size_follows_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    def chosen(on_gpu: bool, *words: str) -> tuple[str, int, int, int]:
+        parser = argparse.ArgumentParser()
+        bench.add_arguments(parser)
+        args = parser.parse_args(["step", *words])
+        bench.choose_size(args, on_gpu)
+        return args.model, args.length, args.new, args.repeats
+
+    assert chosen(True) == ("qwen2.5-1.5b", 8192, 1024, 10)
+    assert chosen(True, "--model", "qwen2.5-7b", "--repeats", "2") == ("qwen2.5-7b", 8192, 1024, 2)
+    assert capsys.readouterr().err == ""
+    assert chosen(False) == ("tiny", 512, 64, 3)
+    assert "no GPU here: FP8 is emulated; tiny, 2 x 512 tokens, 3 repetitions" in capsys.readouterr().err
+    assert chosen(False, "--model", "small-150m", "--length", "64") == ("small-150m", 64, 64, 3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU gets through it")
+def test_a_large_model_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "step", "--model", "qwen2.5-1.5b"]) == 2
+    message = "--model qwen2.5-1.5b: no GPU here, and a CPU would take hours; give one of micro, tiny, small-150m"
+    assert capsys.readouterr().err == f"infir2: error: {message}\n"

@@ -545,7 +545,7 @@ def test_models_and_tasks_whose_names_are_alike_keep_their_results_apart(
     models = [model["name"] for model in json.loads(Path("out/eval.json").read_text())["models"]]
     assert models == ["m-x", "m-x-2", "m-x-2-2", "M-X-3"]
     for name in models:
-        files = {path.name: json.loads(path.read_text())["score"] for path in Path("out", name).iterdir()}
+        files = {path.name: json.loads(path.read_text())["score"] for path in Path("out", name).glob("*.jsonl")}
         assert files == {"math-a-b.jsonl.jsonl": 0.0, "math-a-b.jsonl-2.jsonl": 1.0}
     assert "(–)" in capsys.readouterr().out, "one problem, no interval"
 
@@ -561,7 +561,11 @@ def test_bad_command_lines_are_one_line(capsys: pytest.CaptureFixture[str], tmp_
         (["a", "--tasks", "held_out_1", "--limit", "0"], "--limit: 0 is less than 1"),
         (["a", "--tasks", "held_out_1", "--data", str(tmp_path / "no")], f"--data {tmp_path / 'no'}: no such folder"),
         ([str(tmp_path / "gone"), "--tasks", "held_out_1"], f"{tmp_path / 'gone'}: no such checkpoint folder"),
-        (["m", "--tasks", "held_out_1", "--api-url", "http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1: "),
+        (["m", "--tasks", "held_out_1", "--api-url", "http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1/models: "),
+        *(
+            (["m", "--tasks", "held_out_1", "--api-url", url], f"--api-url {url}: is not the address of a server")
+            for url in ("notaurl", "ftp://a/v1", "http:///v1", "http://a:b/v1", "http://a b/v1", "http://a/\u00fc")
+        ),
     ):
         assert cli.main(["eval", *words, "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err.splitlines()[-1]

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -136,6 +138,76 @@ def test_until_and_list(folder: Path, capfd: pytest.CaptureFixture[str]) -> None
     lines = [line.split()[1:3] for line in capfd.readouterr().out.splitlines() if "infir2" in line]
     assert lines == [["easy", "done"], ["shards", "to"], ["other", "to"]]
     assert main(["pipeline", "chain.toml", "--until", "nothing"]) == 2
+
+
+@contextmanager
+def running(folder: Path, count: int = 400_000) -> Iterator[subprocess.Popen[str]]:
+    """A chain in a process group of its own, in the middle of its first stage."""
+    words = ["pipeline", "chain.toml", "--vars.count", str(count)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "infir2", *words], start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while not list((folder / "chain").glob(".easy.jsonl.*")):  # what the stage is writing
+            assert process.poll() is None
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_chain_alone_is_handed_on_and_ends_it(folder: Path, number: signal.Signals, code: int) -> None:
+    with running(folder) as process:
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert said.splitlines()[-1].endswith("interrupted in stage 'easy'; the same command goes on from there")
+    assert not finished(folder)
+    assert not (folder / "chain/easy.jsonl").exists(), "the stage has run to its end"
+
+
+def test_two_chains_do_not_share_a_folder(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with running(folder):
+        assert main(["pipeline", "chain.toml"]) == 2
+        assert "chain: another pipeline is running in this folder; wait for it" in capfd.readouterr().err
+        assert main(["pipeline", "chain.toml", "--list"]) == 0, "to look is allowed"
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "file").touch()
+    for run, message in (
+        ("/proc/chain", "/proc/chain: cannot be written"),  # not even by root
+        ("file/chain", "file/chain: cannot be written: Not a directory"),
+        ("file", "file: is a file, but a folder is needed; give another folder"),
+    ):
+        assert main(["pipeline", "chain.toml", "--run", run]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith(f"infir2: error: {message}")
+        assert main(["demo", "--size", "tiny", "--out", run]) == 2
+        assert message in capfd.readouterr().err.splitlines()[-1]
+    (folder / "chain").mkdir()
+    (folder / "chain/easy.jsonl").touch()
+    (folder / "chain/old").touch()
+    assert main(["pipeline", "chain.toml"]) == 2
+    assert "chain/old: cannot be written" in capfd.readouterr().err.splitlines()[-1]
+    assert (folder / "chain/easy.jsonl").exists()
+
+
+def test_a_variable_that_the_file_does_not_know_is_refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for words, hint in (
+        (["--vars.conut", "3"], " Did you mean 'count'?"),
+        (["--vars.conut=3"], " Did you mean 'count'?"),
+        (["--vars.xyzzy", "3"], ""),
+    ):
+        assert main(["pipeline", "chain.toml", *words]) == 2
+        name = words[0].partition("=")[0].removeprefix("--")
+        message = f"command line: {name}: chain.toml has no such variable.{hint}"
+        assert capfd.readouterr().err == f"infir2: error: {message}\n"
+    assert not (folder / "chain").exists()
+    (folder / "chain.toml").write_text(CHAIN.replace("count = 12", "").replace("{count}", "{how_many}"))
+    assert main(["pipeline", "chain.toml", "--list", "--vars.how-many", "3"]) == 0, "the file need not give a value"
 
 
 def test_killed_in_a_stage_the_chain_goes_on(folder: Path) -> None:

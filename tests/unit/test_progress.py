@@ -43,3 +43,21 @@ def test_no_bar_where_none_is_wanted(case: str, monkeypatch: pytest.MonkeyPatch)
     with progress.share_bar("reading", show=False) as share:
         share(0.5)
     assert text.getvalue() == ""
+
+
+def test_what_is_counted_is_told_in_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most one in ten seconds; one a minute after ten minutes."""
+    text, now = drawn(monkeypatch, terminal=False), 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with progress.count_bar(Console(), "model: [task]") as report:
+        for seconds in range(0, 721, 4):
+            now = float(seconds)
+            report(seconds, 2000)
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "model: [task]: 12/2,000 after 12 s"
+    assert len(lines) == 600 // 12 - 1 + 2
+    assert lines[-1] == "model: [task]: 708/2,000 after 708 s"
+    with progress.count_bar(Console(quiet=True), "model") as report:
+        now += 100
+        report(1, 2)
+    assert text.getvalue().splitlines() == lines

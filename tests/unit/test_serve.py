@@ -23,6 +23,7 @@ from infir2.rollout.records import Completion, Request, SamplingParams, TokenEve
 from infir2.serve.app import Server, make_app
 from infir2.serve.engine_thread import EngineFault, EngineThread, Stream
 from infir2.serve.errors import ApiError
+from infir2.serve.http import listen
 from infir2.serve.limits import ServerLimits
 from infir2.serve.prompts import ServedModel
 from infir2.serve.protocol import ChatRequest, CompletionRequest, parse
@@ -345,3 +346,9 @@ def test_the_key_comes_from_option_environment_file_or_nowhere(tmp_path: Path, m
     for bad in ("", "two words", "schlüssel", "line\nbreak"):
         with pytest.raises(ConfigError, match="HTTP header cannot carry"):
             api_key(bad, None)
+
+
+@pytest.mark.parametrize("port", [-1, 65_536, 99_999])
+def test_a_port_that_does_not_exist_is_named(port: int) -> None:
+    with pytest.raises(ConfigError, match=f"--port: {port} is not between 0 and 65535"):
+        listen("127.0.0.1", port)

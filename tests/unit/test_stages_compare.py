@@ -9,7 +9,7 @@ import pytest
 
 from infir2 import cli
 from infir2.config import CptConfig
-from infir2.stages.compare import Difference, paired_difference, summarise, t95, variant
+from infir2.stages.compare import Difference, own_folder, paired_difference, summarise, t95, variant
 
 
 def test_paired_difference_by_hand() -> None:
@@ -38,6 +38,7 @@ def test_quantiles_of_t(freedom: int, quantile: float) -> None:
     ("words", "said"),
     [
         (("--precisions", "bf16", "fp9"), "argument --precisions: invalid choice: 'fp9' (choose from"),
+        (("--precisions", "bf16"), "--precisions: bf16: nothing to compare it with; name the baseline first"),
         (("--seeds", "-1"), "--seeds"),
         (("--seeds", "1.5"), "argument --seeds: '1.5' is not a whole number from 0"),
         (("--seeds", "1", "2", "1"), "--seeds: 1 2 1: one is named twice"),
@@ -57,6 +58,39 @@ def test_mistakes_are_told(
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert not run.exists()
+    assert not run.with_name("run-compare").exists()
+
+
+def test_a_comparison_has_a_folder_of_its_own(
+    recipe: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe's own run folder may hold the run of `infir2 cpt`."""
+    settings = {"train.steps": 2, "train.eval_every": 2, "train.save_every": 2}
+    path, run = recipe(**settings, **{"optim.warmup_steps": 0, "optim.decay_steps": 0})
+    words = ["compare", str(path), "--precisions", "bf16", "bf16+optim.lr=1e-3", "--seeds", "1"]
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    assert cli.main(words) == 0
+    assert [file.name for file in run.iterdir()] == ["metrics.jsonl"]
+    made = {"bf16-seed1", "bf16+optim.lr=1e-3-seed1", "compare.json", "report.html"}
+    assert {file.name for file in run.with_name("run-compare").iterdir()} == made
+    capsys.readouterr()
+    assert cli.main([*words, "--run", str(run)]) == 2
+    assert "holds a training run; give a comparison a folder of its own" in capsys.readouterr().err
+
+
+def test_the_command_line_can_name_the_folder() -> None:
+    table = {
+        "run": "runs/x",
+        "model": {"preset": "tiny"},
+        "data": {"seq_len": 8, "sources": {"a": 1}},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 2, "global_batch": 1},
+    }
+    config = CptConfig.model_validate(table)
+    assert own_folder(config, []).run == "runs/x-compare"
+    for words in (["--run", "runs/x"], ["--optim.lr", "1", "--run=runs/x"]):
+        assert own_folder(config, words).run == "runs/x"
 
 
 def test_variants_differ_in_precision_seed_and_folder_alone() -> None:

@@ -160,7 +160,7 @@ def test_a_start_checkpoint_that_is_not_there(recipe: Recipe, capsys: pytest.Cap
 def test_a_run_folder_that_cannot_be_made(recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path, run = recipe()
     run.write_text("a file is in the way")
-    assert error_of(capsys, path) == f"{run}: is a file, but a run needs a folder; give another --run"
+    assert error_of(capsys, path) == f"{run}: is a file, but a folder is needed; give another --run"
 
 
 def test_start_weights_that_are_not_numbers_fail(
