@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 class UserError(Exception):
     """A mistake the user can mend: what is wrong, where (file, key, line) and how to mend it.
 
-    The command line prints ``infir2: error: <message>`` and exits with ``exit_code``.
+    The command line prints ``infir2: error: <message>``, once for every line of the message (each tells one mistake),
+    and exits with ``exit_code``.
     """
 
     exit_code = 2

@@ -97,6 +97,7 @@ def test_exit_codes(stage: argparse.Namespace, capsys: pytest.CaptureFixture[str
     assert main(["cpt", "r.toml"]) == 7
     for end, code, line in (
         (ConfigError("r.toml: no"), 2, "infir2: error: r.toml: no\n"),
+        (ConfigError("r.toml: one\nr.toml: two"), 2, "infir2: error: r.toml: one\ninfir2: error: r.toml: two\n"),
         (TrainingStopped("diverged"), 3, "infir2: error: diverged\n"),
         (KeyboardInterrupt(), 130, "infir2: interrupted\n"),
         (SystemExit(5), 5, ""),
@@ -131,11 +132,26 @@ def test_overrides_may_stand_anywhere(words: list[str], stage: argparse.Namespac
     assert stage.args.overrides == ["--optim.lr", "-5e-5", "--run=runs/x", "--optim.betas", "[0.9, 0.95]"]
 
 
-def test_a_mistyped_option_is_not_taken_for_an_override() -> None:
+@pytest.mark.parametrize(
+    "words",
+    [["r.toml", "--dry-rnu"], ["--dryrun", "r.toml"], ["r.toml", "--dry_run", "--run", "x"], ["--dry", "r.toml"]],
+)
+def test_a_mistyped_option_is_not_taken_for_an_override(words: list[str]) -> None:
     parser = cli.Parser(prog="infir2 cpt")
     parser.add_argument("--dry-run", action="store_true")
-    with pytest.raises(UsageError, match=r"--dry-rnu: needs a value. Did you mean '--dry-run'\?"):
-        split_overrides(["r.toml", "--dry-rnu"], parser)
+    with pytest.raises(
+        UsageError, match=r"--dry\w*(-rnu)?: (needs a value|no such option). Did you mean '--dry-run'\?"
+    ):
+        split_overrides(words, parser)
+    assert split_overrides(["r.toml", "--run", "x"], parser) == (["r.toml"], ["--run", "x"])
+
+
+def test_every_line_of_the_list_of_keys_is_indented(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("cpt", "sft", "rl"):
+        assert main([command, "--help"]) == 0
+        keys = capsys.readouterr().out.partition("recipe keys")[2].splitlines()[1:]
+        assert len(keys) > 50
+        assert all(line.startswith("  ") for line in keys), command
 
 
 def test_a_stage_without_overrides_refuses_them(stage: argparse.Namespace, capsys: pytest.CaptureFixture[str]) -> None:

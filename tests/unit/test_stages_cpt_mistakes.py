@@ -25,7 +25,7 @@ Recipe = Callable[..., tuple[Path, Path]]
         (("--optim.lr", "fast"), "optim.lr: input should be a valid number"),
         (("--train.micro_batch", "3"), "train.global_batch (4) is not a multiple of train.micro_batch (3)"),
         (("--optim.warmup_steps", "9"), "exceed train.steps (8)"),
-        (("--model.preset", "tiny"), "exactly one of model.preset and model.path"),
+        (("--model.preset", "tiny", "--model.path", "x"), "exactly one of model.preset and model.path"),
         (("--data.seq_len", "129"), "data.seq_len: 129 tokens exceed the model's max_position_embeddings (128)"),
         (("--data.sources", "{ '/nowhere/x' = 1.0 }"), "data.sources: /nowhere/x: there is neither a folder"),
         (("--model.path", "/nowhere/model"), "/nowhere/model: no such model folder"),
