@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import PurePath
 
 
 class UserError(Exception):
@@ -36,6 +37,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``" Did you mean 'lr'?"`` where a known word is close, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def how_to_fetch(folder: str) -> str:
+    """What to do about a model folder that is not there: nothing is downloaded unasked."""
+    path = PurePath(folder)
+    repository = f"Qwen/{path.name}" if path.name.lower().startswith("qwen") else "OWNER/NAME"
+    place = f"models/{path.name}" if folder == repository else folder
+    return f"Nothing is downloaded by itself; from the Hub: hf download {repository} --local-dir {place}"
 
 
 def some_of(names: Sequence[str], limit: int = 4) -> str:

@@ -147,7 +147,10 @@ class CheckpointStore:
         for folder in (path / "checkpoints", path):
             if found := self._newest_intact(folder):
                 return found
-        raise CheckpointError(f"{text}: no checkpoint in it (looked for step-N folders here and in checkpoints/)")
+        hint = (
+            "; it looks like a Hugging Face folder, which model.path takes" if (path / "config.json").exists() else ""
+        )
+        raise CheckpointError(f"{text}: no checkpoint in it (looked for step-N folders here and in checkpoints/){hint}")
 
     def load(
         self, path: Path, tensors: Mapping[str, Any], ignore: Collection[str] = (), cast: Collection[str] = ()

@@ -90,6 +90,15 @@ def starting_tokenizer(config: TrainingConfig) -> Path | None:
     return Path(name) if name and has_tokenizer(Path(name)) else None
 
 
+def no_start(config: TrainingConfig) -> CheckpointError:
+    """That init.checkpoint names nothing to start from."""
+    path = Path(config.init.checkpoint or "").expanduser()
+    why = "" if path.is_dir() else ": there is no such folder"
+    if (path / "config.json").exists():
+        why = ": it looks like a Hugging Face folder, which model.path takes"
+    return CheckpointError(f"{config.init.checkpoint}: no checkpoint to start from{why}")
+
+
 def model_config(config: TrainingConfig, vocab_size: int) -> ModelConfig:
     """The architecture of a recipe; ``vocab_size`` is the tokenizer's, for presets that do not give their own.
 
@@ -99,7 +108,7 @@ def model_config(config: TrainingConfig, vocab_size: int) -> ModelConfig:
     if not section.is_named:
         meta = starting_meta(config)
         if meta is None:
-            raise CheckpointError(f"{config.init.checkpoint}: no checkpoint to start from")
+            raise no_start(config)
         return from_hf(meta["architecture"], f"{config.init.checkpoint}: meta.json")
     if section.path is not None:
         return from_hf(read_config(section.path), f"{section.path}/config.json")

@@ -11,7 +11,7 @@ import pytest
 
 from infir2 import __version__, cli
 from infir2.cli import UsageError, main, split_overrides
-from infir2.errors import ConfigError, TrainingStopped
+from infir2.errors import ConfigError, TrainingStopped, how_to_fetch
 
 STAGES = Path(cli.__file__).parent / "stages"
 
@@ -168,3 +168,15 @@ def test_the_demo_is_a_chain_of_the_shipped_recipes(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "demo").exists()
     assert cli.main(["demo", "--until", "nothing", "--out", str(tmp_path / "demo")]) == 2
     assert "the stages are worked, corpus, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("folder", "command"),
+    [
+        ("models/Qwen2.5-1.5B", "hf download Qwen/Qwen2.5-1.5B --local-dir models/Qwen2.5-1.5B"),
+        ("Qwen/Qwen2.5-7B", "hf download Qwen/Qwen2.5-7B --local-dir models/Qwen2.5-7B"),
+        ("models/mine", "hf download OWNER/NAME --local-dir models/mine"),
+    ],
+)
+def test_the_way_to_a_model_that_is_not_there(folder: str, command: str) -> None:
+    assert how_to_fetch(folder).endswith(f": {command}")
