@@ -247,7 +247,7 @@ class CheckpointStore:
                 manifest.to_trash(path)
             manifest.empty_trash(self.root)
         except OSError as error:
-            warnings.warn(f"{self.root}: an old checkpoint could not be deleted: {reason(error)}", stacklevel=1)
+            _log.warning("%s: an old checkpoint could not be deleted: %s", self.root, reason(error))
 
     def _surplus(self, saved: Path) -> list[Path]:
         steps = _steps(self.root)
@@ -267,7 +267,7 @@ class CheckpointStore:
             self.problems += problems
             self._damaged.add(path)
             if self._ranks.rank == 0:
-                warnings.warn(f"damaged checkpoint passed over: {problems[0]}", stacklevel=3)
+                _log.warning("damaged checkpoint passed over: %s", problems[0])
         if steps:
             raise CheckpointError(
                 f"{folder}: none of {len(steps)} checkpoints is intact: {self.problems[0]}. Put a good copy there, or "

@@ -93,10 +93,11 @@ def train_cpt(config: CptConfig, world: "World") -> "signal.Signals | None":
     import torch
 
     from infir2.launch.data_check import verify_shards
-    from infir2.launch.run_folder import keep_tokenizer
+    from infir2.launch.run_folder import check_start, keep_tokenizer
     from infir2.launch.training import StageData, run_training
     from infir2.model.attention import causal_attention, document_attention
 
+    check_start(config, world)
     architecture = architecture_of(config)
     loader = open_loader(config, world, architecture)
     tokenizer = choose_tokenizer(config, world)

@@ -79,11 +79,12 @@ def train_rl(config: RlConfig, world: "World") -> "signal.Signals | None":
 
     from infir2.data.prompts import order_fingerprint
     from infir2.launch.chat_model import open_model
-    from infir2.launch.run_folder import keep_tokenizer
+    from infir2.launch.run_folder import check_start, keep_tokenizer
     from infir2.launch.training import StageData, run_training
     from infir2.model.attention import document_attention
     from infir2.rl.objective import PolicyObjective
 
+    check_start(config, world)
     chat, tokenizer, architecture = open_model(config)
     scorer = make_scorer(config.reward)
     data = read_data(config, chat, scorer, show_progress=world.is_main)

@@ -58,11 +58,12 @@ def train_sft(config: SftConfig, world: "World") -> "signal.Signals | None":
     import torch
 
     from infir2.launch.chat_model import open_model
-    from infir2.launch.run_folder import keep_tokenizer
+    from infir2.launch.run_folder import check_start, keep_tokenizer
     from infir2.launch.sft_rows import tokenize_once
     from infir2.launch.training import StageData, run_training
     from infir2.model.attention import document_attention
 
+    check_start(config, world)
     chat, tokenizer, architecture = open_model(config)
     rows = tokenize_once(config, chat)
     loader = open_loader(config, rows, world)

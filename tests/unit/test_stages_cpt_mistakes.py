@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,6 +162,29 @@ def test_a_run_folder_that_cannot_be_made(recipe: Recipe, capsys: pytest.Capture
     path, run = recipe()
     run.write_text("a file is in the way")
     assert error_of(capsys, path) == f"{run}: is a file, but a run needs a folder; give another --run"
+
+
+def test_a_folder_of_something_else_is_no_run_folder(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path, run = recipe()
+    run.mkdir()
+    (run / "thesis.md").write_text("years of work")
+    assert error_of(capsys, path).startswith(
+        f"{run}: is not empty and no run folder (it holds thesis.md); give another"
+    )
+    assert [item.name for item in run.iterdir()] == ["thesis.md"]
+    (run / "thesis.md").rename(run / ".hidden")
+    assert cpt(path, "--train.steps", "2", "--optim.schedule", "constant") == 0, "hidden files are no content"
+
+
+def test_a_package_that_will_be_missing_is_told_first(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    path, run = recipe()
+    assert "needs the package wandb: pip install" in error_of(capsys, path, "--log.wandb_project", "x")
+    assert not run.exists()
 
 
 def test_start_weights_that_are_not_numbers_fail(
