@@ -1,4 +1,4 @@
-"""`python -m infir2` is the console script; torchrun starts it as `torchrun ... -m infir2 cpt RECIPE`."""
+"""`python -m infir2` is the console script; torchrun starts it as `torchrun ... -m -- infir2 cpt RECIPE`."""
 
 import sys
 

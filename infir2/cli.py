@@ -7,6 +7,7 @@ the words of every ``--section.key value`` that it does not know itself, in thei
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import json
 import os
@@ -91,6 +92,8 @@ def split_overrides(words: Sequence[str], parser: argparse.ArgumentParser) -> tu
         name, equals, _ = word.partition("=")
         if word == "--" or not word.startswith("--") or name in known:
             ours.append(word)
+        elif meant := _mistyped(name, known):
+            raise UsageError(f"{name}: no such option. Did you mean {meant!r}? (see `{parser.prog} --help`)")
         elif equals:
             overrides.append(word)
         elif not rest or rest[0].startswith("--"):
@@ -98,6 +101,17 @@ def split_overrides(words: Sequence[str], parser: argparse.ArgumentParser) -> tu
         else:
             overrides.extend([word, rest.pop(0)])
     return ours, overrides
+
+
+def _mistyped(name: str, known: Sequence[str]) -> str | None:
+    """The option that a word without a section almost is: as an override it would swallow the word behind it.
+
+    Almost, because recipes have keys without a section, and --run is not far from --dry-run.
+    """
+    if "." in name:
+        return None
+    close = difflib.get_close_matches(name.replace("_", "-"), known, 1, cutoff=0.8)
+    return next((option for option in known if option.startswith(name)), close[0] if close else None)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -128,10 +142,11 @@ def _first_rank() -> bool:
 
 
 def _report(error: UserError) -> None:
-    """One line on stderr, from rank 0 only. Under torchrun every rank also leaves its message for torchrun's summary,
-    so that a mistake that only another rank meets (a file missing on one machine) is still told."""
+    """One line a mistake on stderr, from rank 0 only. Under torchrun every rank also leaves its message for torchrun's
+    summary, so that a mistake that only another rank meets (a file missing on one machine) is still told."""
     if _first_rank():
-        print(f"infir2: error: {error}", file=sys.stderr)
+        for line in str(error).split("\n"):
+            print(f"infir2: error: {line}", file=sys.stderr)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"message": str(error), "extraInfo": {"py_callstack": str(error), "timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:  # the exit code tells the rest

@@ -22,7 +22,7 @@ from infir2.checkpoint.safetensors_writer import INDEX, WEIGHTS, TensorSpec, wri
 from infir2.checkpoint.state import model_state
 from infir2.data.tokenizer import copy_tokenizer
 from infir2.durable import replace_file
-from infir2.errors import CheckpointError, some_of
+from infir2.errors import CheckpointError, how_to_fetch, some_of
 from infir2.parallel.apply import fill
 
 CONFIG = "config.json"
@@ -36,7 +36,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json as a dictionary; nothing in it is executed or looked up. Raises CheckpointError."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such model folder")
+        raise CheckpointError(f"{folder}: no such model folder. {how_to_fetch(str(folder))}")
     config = _read_json(folder / CONFIG)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{folder / CONFIG}: model_type is missing, so this is not a Hugging Face model")
@@ -54,7 +54,7 @@ class HfFolder:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder}: no such model folder")
+            raise CheckpointError(f"{self.folder}: no such model folder. {how_to_fetch(str(folder))}")
         self._file_of: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}

@@ -12,7 +12,7 @@ from infir2.checkpoint.huggingface import CONFIG, HfFolder, Tensors, read_config
 from infir2.checkpoint.store import META, CheckpointStore
 from infir2.checkpoint.stored_model import StoredModel
 from infir2.data.tokenizer import has_tokenizer
-from infir2.errors import CheckpointError
+from infir2.errors import CheckpointError, how_to_fetch
 from infir2.fp8.convert import keep_outer_layers
 from infir2.model.config import ModelConfig, from_hf
 from infir2.model.transformer import CausalLM
@@ -64,6 +64,11 @@ def open_model_source(text: str, dtype: torch.dtype = torch.bfloat16) -> ModelSo
     config, a damaged checkpoint, tensors that are missing, left over, misshapen or of an unreadable dtype.
     """
     path = Path(text).expanduser()
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "no such folder"
+        raise CheckpointError(
+            f"{text}: {what}; a model is a Hugging Face folder, a run or a checkpoint folder. {how_to_fetch(text)}"
+        )
     if (path / CONFIG).exists() or any(path.glob("*.safetensors")):
         return _from_folder(path, dtype)
     found = CheckpointStore(path).find(text)

@@ -147,7 +147,10 @@ class CheckpointStore:
         for folder in (path / "checkpoints", path):
             if found := self._newest_intact(folder):
                 return found
-        raise CheckpointError(f"{text}: no checkpoint in it (looked for step-N folders here and in checkpoints/)")
+        hint = (
+            "; it looks like a Hugging Face folder, which model.path takes" if (path / "config.json").exists() else ""
+        )
+        raise CheckpointError(f"{text}: no checkpoint in it (looked for step-N folders here and in checkpoints/){hint}")
 
     def load(
         self, path: Path, tensors: Mapping[str, Any], ignore: Collection[str] = (), cast: Collection[str] = ()
@@ -244,7 +247,7 @@ class CheckpointStore:
                 manifest.to_trash(path)
             manifest.empty_trash(self.root)
         except OSError as error:
-            warnings.warn(f"{self.root}: an old checkpoint could not be deleted: {reason(error)}", stacklevel=1)
+            _log.warning("%s: an old checkpoint could not be deleted: %s", self.root, reason(error))
 
     def _surplus(self, saved: Path) -> list[Path]:
         steps = _steps(self.root)
@@ -264,7 +267,7 @@ class CheckpointStore:
             self.problems += problems
             self._damaged.add(path)
             if self._ranks.rank == 0:
-                warnings.warn(f"damaged checkpoint passed over: {problems[0]}", stacklevel=3)
+                _log.warning("damaged checkpoint passed over: %s", problems[0])
         if steps:
             raise CheckpointError(
                 f"{folder}: none of {len(steps)} checkpoints is intact: {self.problems[0]}. Put a good copy there, or "

@@ -1,11 +1,13 @@
 """Recipes: a TOML file plus dotted overrides becomes one typed, frozen configuration.
 
 ``load(CptConfig, path, ["--optim.lr", "5e-5"])`` reads the file, writes the overrides over it and checks the result.
-A mistake raises ConfigError with the file, the key and the nearest valid key. The resolved configuration is written
-beside the run with ``to_toml``. Nothing here imports torch: a recipe can be read where no accelerator library is.
+Mistakes raise ConfigError: for each a line with the file, the key and the nearest valid key. The resolved
+configuration is written beside the run with ``to_toml``. Nothing here imports torch: a recipe can be read where no
+accelerator library is.
 """
 
-from infir2.config.recipe_file import changed, describe, load, parse, to_toml
+from infir2.config.keys import describe
+from infir2.config.recipe_file import changed, load, parse, to_toml
 from infir2.config.rl import (
     PolicySection,
     RewardSection,

@@ -1,5 +1,6 @@
-"""Recipe files: TOML plus dotted overrides to a checked configuration, and back to TOML; mistakes worded for people."""
+"""Recipe files: TOML plus dotted overrides to a checked configuration, and back to TOML."""
 
+import copy
 import json
 import tomllib
 from collections.abc import Sequence
@@ -8,8 +9,11 @@ from typing import Any, TypeVar
 
 import pydantic
 
+from infir2.config.keys import may_be_unset, section_at
+from infir2.config.mistakes import explain
+from infir2.config.recipe_kind import other_command
 from infir2.config.section import Section
-from infir2.errors import ConfigError, did_you_mean
+from infir2.errors import ConfigError
 
 C = TypeVar("C", bound=Section)
 
@@ -17,26 +21,33 @@ C = TypeVar("C", bound=Section)
 def load(kind: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     """Read a recipe and apply dotted overrides such as ``["--optim.lr", "5e-5"]`` (values in TOML notation).
 
-    Raises ConfigError, naming the file, the key and the nearest valid key.
+    Raises ConfigError with a line for every mistake, naming the file, the key and the nearest valid key.
     """
     table = _read_toml(Path(path))
-    written = _apply_overrides(table, overrides)
+    as_written = copy.deepcopy(table)
+    written = _apply_overrides(kind, table, overrides)
     try:
         return kind.model_validate(table)
     except pydantic.ValidationError as error:
-        key = ".".join(str(part) for part in error.errors(include_url=False)[0]["loc"])
-        where = "command line" if any(word == key or word.startswith(f"{key}.") for word in written) else str(path)
-        raise ConfigError(f"{where}: {_explain(kind, error)}") from None
+        if other := other_command(kind, as_written):
+            article = "an" if other in ("sft", "rl") else "a"
+            raise ConfigError(f"{path}: this looks like {article} {other} recipe: infir2 {other} {path}") from None
+
+        def place(key: str) -> str:
+            mine = any(word == key or word.startswith(f"{key}.") for word in written)
+            return "command line" if mine else str(path)
+
+        raise ConfigError(explain(kind, error, place)) from None
 
 
 def changed(config: C, overrides: Sequence[str]) -> C:
     """The configuration with dotted overrides, as ``load`` takes them. Raises ConfigError."""
-    table = config.model_dump()
-    _apply_overrides(table, overrides)
+    kind, table = type(config), config.model_dump()
+    _apply_overrides(kind, table, overrides)
     try:
-        return type(config).model_validate(table)
+        return kind.model_validate(table)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"command line: {_explain(type(config), error)}") from None
+        raise ConfigError(explain(kind, error, lambda key: "command line")) from None
 
 
 def parse(kind: type[C], text: str, name: str) -> C:
@@ -46,7 +57,7 @@ def parse(kind: type[C], text: str, name: str) -> C:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{name}: not valid TOML: {error}") from None
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{name}: {_explain(kind, error)}") from None
+        raise ConfigError(explain(kind, error, lambda key: name)) from None
 
 
 def to_toml(config: Section) -> str:
@@ -54,19 +65,6 @@ def to_toml(config: Section) -> str:
     lines: list[str] = []
     _write_table(config.model_dump(mode="json", exclude_none=True), "", lines)
     return "\n".join(lines).lstrip("\n") + "\n"
-
-
-def describe(kind: type[Section], prefix: str = "") -> list[tuple[str, str, str]]:
-    """Every key of a configuration as (dotted key, default, meaning): what ``--help`` prints."""
-    rows: list[tuple[str, str, str]] = []
-    for name, field in kind.model_fields.items():
-        annotation: Any = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            rows.extend(describe(annotation, f"{prefix}{name}."))
-        else:
-            default = "required" if field.is_required() else json.dumps(field.default)
-            rows.append((f"{prefix}{name}", default, field.description or ""))
-    return rows
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -80,7 +78,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
-def _apply_overrides(table: dict[str, Any], overrides: Sequence[str]) -> set[str]:
+def _apply_overrides(kind: type[Section], table: dict[str, Any], overrides: Sequence[str]) -> set[str]:
     """Write ``--section.key value`` (or ``--section.key=value``) pairs into the table; returns the keys written."""
     words, written = list(overrides), set()
     while words:
@@ -91,15 +89,27 @@ def _apply_overrides(table: dict[str, Any], overrides: Sequence[str]) -> set[str
             if not words or words[0].startswith("--"):
                 raise ConfigError(f"command line: {flag} needs a value")
             text = words.pop(0)
-        *sections, key = flag[2:].replace("-", "_").split(".")
+        *sections, key = keys = flag[2:].replace("-", "_").split(".")
         place = table
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"command line: {flag}: {section} is a value, not a section")
-        place[key] = _toml_value(text)
-        written.add(".".join([*sections, key]))
+        unset = text in ("null", "none") and may_be_unset(kind, keys)
+        place[key] = None if unset else _toml_value(text)
+        written.add(".".join(keys))
+    _unset_alternatives(kind, table, written)
     return written
+
+
+def _unset_alternatives(kind: type[Section], table: dict[str, Any], written: set[str]) -> None:
+    """Where the command line gives one of the keys that exclude each other, it takes back the file's other one."""
+    for name, values in table.items():
+        section = section_at(kind, [name])
+        names = section.alternatives if section and isinstance(values, dict) else ()
+        given = [key for key in names if f"{name}.{key}" in written and values[key] is not None]
+        if len(given) == 1:
+            values.update({key: None for key in names if key != given[0]})
 
 
 def _toml_value(text: str) -> Any:
@@ -108,30 +118,6 @@ def _toml_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def _explain(kind: type[Section], error: pydantic.ValidationError) -> str:
-    """The first problem of a validation error in one line: key, what is wrong, nearest valid key."""
-    problem = error.errors(include_url=False)[0]
-    keys = [str(part) for part in problem["loc"]]
-    where = ".".join(keys)
-    if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key.{did_you_mean(keys[-1], _keys_beside(kind, keys))}"
-    if problem["type"] == "missing":
-        return f"{where}: this key is required"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{where}: {message}".removeprefix(": ")
-    return f"{where}: {message[0].lower()}{message[1:]} (got {problem['input']!r})"
-
-
-def _keys_beside(kind: type[Section], keys: Sequence[str]) -> list[str]:
-    """The valid keys of the section in which an unknown key was found."""
-    section: Any = kind
-    for key in keys[:-1]:
-        field = section.model_fields.get(key) if hasattr(section, "model_fields") else None
-        section = field.annotation if field else None
-    return list(section.model_fields) if section is not None and hasattr(section, "model_fields") else []
 
 
 def _write_table(table: dict[str, Any], prefix: str, lines: list[str]) -> None:

@@ -1,6 +1,6 @@
 """What every section of a recipe is: frozen, typed, without unknown keys or numbers that are not finite."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import pydantic
 from pydantic import Field
@@ -13,3 +13,5 @@ class Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+    alternatives: ClassVar[tuple[str, ...]] = ()
+    """Keys of which one at most is given: one on the command line takes the place of another in the file."""

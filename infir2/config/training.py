@@ -1,6 +1,6 @@
 """The sections that training stages share, pre-training and fine-tuning."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pydantic
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -11,11 +11,12 @@ from infir2.config.section import Count, Fraction, Section
 class ModelSection(Section):
     """Which model, and the arithmetic of everything that is not FP8."""
 
+    alternatives: ClassVar[tuple[str, ...]] = ("preset", "path")
     preset: str | None = None
     """Architecture with random weights: micro, tiny, small-150m, qwen2.5-0.5b, qwen2.5-1.5b or qwen2.5-7b."""
     path: str | None = None
     """Hugging Face folder to start from (config.json + safetensors). Give this or preset, not both; or neither, with
-    init.checkpoint."""
+    init.checkpoint. On the command line, either takes the place of the other in the file, and null unsets it."""
     vocab_size: Count = 0
     """Rows of the embedding with a preset; 0 takes the tokenizer's size, rounded up to a multiple of 128."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -39,7 +40,9 @@ class Fp8Section(Section):
     """FP8 training: which recipe, and which layers stay out of it."""
 
     recipe: Literal["blockwise", "hybrid", "rowwise", "tensorwise", "bf16"] = "blockwise"
-    """blockwise = the paper's (1x128 activations and gradients, 128x128 weights); bf16 = no FP8 at all."""
+    """What shares a scale. blockwise = the paper's: 1x128 of activations and gradients, 128x128 of weights; hybrid =
+    the same, but a whole channel in the weight gradient, which runs faster on Hopper; rowwise = a row or channel
+    everywhere; tensorwise = the whole tensor; bf16 = no FP8 at all."""
     scale_format: Literal["ue8m0", "fp32"] = "ue8m0"
     """ue8m0 = powers of two (what FP8 checkpoints store); fp32 = amax / 448."""
     mlp_activations: Literal["fp8", "bf16", "recompute"] = "fp8"
@@ -236,7 +239,7 @@ class TrainingConfig(Section):
     """What every training stage needs; each stage adds its own data section."""
 
     run: Annotated[str, Field(min_length=1)]
-    """Run folder: config.toml, metrics.jsonl, checkpoints/ and the report are written there."""
+    """Run folder: config.toml, metrics.jsonl, checkpoints/ and more are written there."""
     model: ModelSection = ModelSection()
     fp8: Fp8Section = Fp8Section()
     optim: OptimSection

@@ -6,7 +6,6 @@ A row is {"messages": [{"role": ..., "content": ...}, ...]}, with "tools" if it 
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from infir2.data.documents import BadRow, RawFile, find_files, json_lines, object_of_json, printable
+from infir2.data.named_set import load_named
 from infir2.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_ROW_BYTES = 64 << 20
-_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w.\[\]%:+-]+))?")
+ROW_FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 Message = dict[str, Any]
 
@@ -53,11 +53,9 @@ class RowSource:
         self._files: list[RawFile] = []
         self._table: Any = None
         if os.path.exists(name):
-            self._files = [file for file in find_files([name]) if file.format in (".jsonl", ".parquet")]
-            if not self._files:
-                raise DataError(f"{key}: {name}: holds no .jsonl or .parquet file")
+            self._files = find_files([name], formats=ROW_FORMATS, named_by=key)
         else:
-            self._table = _load_named(name, key)
+            self._table = load_named(name, key)
 
     def identity(self) -> list[Any]:
         """Changes when the source does: names, sizes and times of files, or the data set's own fingerprint."""
@@ -196,24 +194,3 @@ def _parquet(file: RawFile, parse: _ParseRow) -> Iterator[tuple[int, Callable[[]
                 yield number, partial(parse, row), file.size * number // rows
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{printable(file.path)}: damaged or not parquet: {str(error).splitlines()[0]}") from None
-
-
-def _load_named(name: str, key: str) -> Any:
-    """A data set of the package ``datasets``: from its cache or, where there is a network, from the Hub."""
-    match = _NAME.fullmatch(name)
-    if match is None or name.startswith(".") or name.endswith((".jsonl", ".parquet", ".json", ".gz", ".zst")):
-        raise DataError(f"{key}: {name}: no such file or folder")
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            f"{key}: {name}: no such file or folder; to load a data set of that name: pip install 'infir2[datasets]'"
-        ) from None
-    try:
-        return datasets.load_dataset(match["name"], split=match["split"] or "train")
-    except Exception as error:  # the package and the network below it raise many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"{key}: {name}: there is no such file or folder, and it cannot be loaded as a data set ({reason}). "
-            "Without a network, name a local file"
-        ) from None

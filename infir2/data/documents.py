@@ -85,7 +85,8 @@ class RowLedger:
     rows: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    _last: str = ""
+    _first: dict[str, str] = field(default_factory=dict)
+    """Reason -> its first row, in words."""
 
     def __post_init__(self) -> None:
         self._percent = self.limit.endswith("%")
@@ -112,7 +113,7 @@ class RowLedger:
         if error.reason == _HARMLESS:
             return
         detail = f" ({error.detail})" if error.detail else ""
-        self._last = f"{where}: {error.reason}: {REASONS[error.reason]}{detail}"
+        self._first.setdefault(error.reason, f"{where}: {error.reason}: {REASONS[error.reason]}{detail}")
         if not self._percent:
             self._stop_above(self._allowed)
         elif self.rows >= _ROWS_BEFORE_PERCENT:
@@ -126,9 +127,18 @@ class RowLedger:
     def _stop_above(self, allowed: float) -> None:
         if self.bad > allowed:
             raise DataError(
-                f"{self._last}; {self.bad} of {self.rows} rows are bad ({self.summary()}), more than "
-                f"{self.option} {self.limit} allows. Mend them, or allow more."
+                f"{next(iter(self._first.values()))}; {self.bad} of {self.rows} rows are bad ({self._places()}), more "
+                f"than {self.option} {self.limit} allows. Mend them, or allow more."
             )
+
+    def _places(self) -> str:
+        """The first rows of each reason."""
+        found = []
+        for reason in self._first:
+            examples = self.examples[reason]
+            more = ", ..." if self.counts[reason] > len(examples) else ""
+            found.append(f"{reason} {self.counts[reason]}: {', '.join(examples)}{more}")
+        return "; ".join(found)
 
     def summary(self) -> str:
         return ", ".join(f"{reason} {self.counts[reason]}" for reason in REASONS if self.counts[reason])
@@ -173,13 +183,20 @@ class DocumentReader:
 
 
 def find_files(
-    inputs: Sequence[str | Path], extensions: Sequence[str] = (), exclude: Sequence[str] = ()
+    inputs: Sequence[str | Path],
+    extensions: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    formats: Sequence[str] = FORMATS,
+    named_by: str = "",
 ) -> list[RawFile]:
     """The files to read: inputs in the given order, each folder walked recursively in sorted order.
 
     ``extensions`` (such as ``.py``) are read like .txt; ``exclude`` are patterns for file or folder names inside the
-    folders. Hidden names and links to folders are skipped. Raises DataError for an input that is missing, of an
-    unknown kind, without a readable file, or with a file that another input has already given.
+    folders. Hidden names and links to folders are skipped. ``formats`` are the endings that are read, some of FORMATS,
+    and ``named_by`` the key of a recipe that names the inputs; else they stand on prepare's command line.
+
+    Raises DataError for an input that is missing, of an unknown kind, without a readable file, or with a file that
+    another input has already given.
     """
     plain = {f".{ext.lstrip('.')}" for ext in extensions}
     found: list[RawFile] = []
@@ -189,11 +206,12 @@ def find_files(
         if not str(given) or not path.exists():
             raise DataError(f"{str(given) or repr(given)}: no such file or folder")
         names = [path] if path.is_file() else list(_walk(path, exclude))
-        chosen = [(name, form) for name in names if (form := _format_of(name, plain))]
+        chosen = [(name, form) for name in names if (form := _format_of(name, formats, plain))]
         if not chosen:
-            known = ", ".join([*FORMATS, *sorted(plain)])
+            known = ", ".join([*formats, *sorted(plain)])
             what = "is not a kind of file that is read" if path.is_file() else "holds no file that is read"
-            raise DataError(f"{path}: {what} ({known}); --extensions names more")
+            key, cure = (f"{named_by}: ", "") if named_by else ("", "; --extensions names more")
+            raise DataError(f"{key}{path}: {what} ({known}){cure}")
         for name, _ in chosen if len(inputs) > 1 else []:
             if (earlier := first.setdefault(os.path.realpath(name), source)) != source:
                 raise DataError(f"{printable(name)}: named twice: by {inputs[earlier]} and {path}")
@@ -221,9 +239,9 @@ def printable(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-def _format_of(path: Path, plain: set[str]) -> str:
+def _format_of(path: Path, formats: Sequence[str], plain: set[str]) -> str:
     name = path.name.lower()
-    for form in FORMATS:
+    for form in formats:
         if name.endswith(form):
             return ".jsonl" if form.startswith(".jsonl") else form
     return ".txt" if any(name.endswith(ext.lower()) for ext in plain) else ""

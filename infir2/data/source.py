@@ -90,7 +90,7 @@ def open_source(name: str, validation_fraction: float) -> Source:
         return _open_pair(name, path, validation_fraction)
     raise DataError(
         f"data.sources: {name}: there is neither a folder made by `infir2 prepare` nor a Megatron pair "
-        f"({path.name}.bin and {path.name}.idx)"
+        f"({path.name}.bin and {path.name}.idx). Make one: infir2 prepare TEXT --out {name}"
     )
 
 

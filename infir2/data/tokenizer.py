@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infir2.durable import replace_file
-from infir2.errors import DataError
+from infir2.errors import DataError, how_to_fetch
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -61,6 +61,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such folder, so no tokenizer. {how_to_fetch(str(path))}")
     bare = path if path.is_file() else path / "tokenizer.json"
     try:
         configured = any((path / name).is_file() for name in ("tokenizer_config.json", "config.json"))

@@ -5,9 +5,9 @@ from pathlib import Path
 from infir2.config import RlConfig, SftConfig
 from infir2.data.chat import ChatTokenizer, choose_template
 from infir2.data.tokenizer import load_tokenizer, vocabulary_size
-from infir2.errors import CheckpointError, ConfigError, DataError
+from infir2.errors import ConfigError, DataError
 from infir2.launch.data_check import check_same_ids
-from infir2.launch.training import model_config, starting_meta, starting_tokenizer
+from infir2.launch.training import model_config, no_start, starting_meta, starting_tokenizer
 from infir2.model.config import ModelConfig
 
 
@@ -32,7 +32,7 @@ def _tokenizer_folder(config: SftConfig | RlConfig) -> Path:
     if config.init.checkpoint is not None:
         meta = starting_meta(config)
         if meta is None:
-            raise CheckpointError(f"{config.init.checkpoint}: no checkpoint to start from")
+            raise no_start(config)
         if meta.get("tokenizer") and Path(meta["tokenizer"]).exists():
             return Path(meta["tokenizer"])
     if config.model.path is not None:

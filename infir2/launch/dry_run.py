@@ -21,6 +21,7 @@ class Workload:
     """How much a recipe computes."""
 
     steps: int
+    """0: not known without the data."""
     tokens: int
     """Tokens read in all steps, over all processes."""
     micro_batch_tokens: int
@@ -33,10 +34,11 @@ def describe_run(config: TrainingConfig, architecture: ModelConfig, world_size: 
         model = CausalLM(architecture, getattr(torch, config.model.dtype))
     report = convert_as(model, config.fp8)
     memory = estimate_memory(config, model, world_size, work.micro_batch_tokens)
+    tokens = f"{work.tokens:,} in {work.steps:,} steps of {config.train.global_batch} sequences"
     lines = [
         to_toml(config),
         f"parameters: {architecture.num_parameters():,}",
-        f"tokens: {work.tokens:,} in {work.steps:,} steps of {config.train.global_batch} sequences",
+        f"tokens: {tokens if work.steps else 'not known without the data'}",
         str(report),
         f"memory of one of {world_size} process(es), estimated:",
         *(f"  {name:<52} {size / GIB:8.2f} GiB" for name, size in (memory.lasting | memory.passing).items()),

@@ -9,10 +9,34 @@ from pathlib import Path
 from infir2.config import TrainingConfig, to_toml
 from infir2.data.tokenizer import copy_tokenizer
 from infir2.durable import replace_file, unused_name
+from infir2.errors import UserError, some_of
 from infir2.fp8.convert import SwapReport
 from infir2.launch.environment import environment
 from infir2.launch.held_folder import held
 from infir2.parallel.runtime import World
+from infir2.train.metrics import import_wandb
+
+_OURS = (".lock", "run.json", "metrics.jsonl", "checkpoints", "rows")
+"""What a run leaves in its folder, one or the other from its very beginning."""
+
+
+def check_start(config: TrainingConfig, world: World) -> None:
+    """Raise UserError, before anything is written, for a run folder that belongs to something else and for a package
+    that will be missing."""
+    if not world.is_main:
+        return  # where the first process fails, so do the others
+    if config.log.wandb_project:
+        import_wandb()
+    run = Path(config.run)
+    try:
+        names = sorted(entry.name for entry in run.iterdir()) if run.is_dir() else []
+    except OSError as error:
+        raise UserError(f"{run}: cannot be read: {error.strerror}") from None
+    visible = [name for name in names if not name.startswith(".")]
+    if visible and not any(name in names for name in _OURS):
+        raise UserError(
+            f"{run}: is not empty and no run folder (it holds {some_of(visible)}); give another --run, or empty it"
+        )
 
 
 @contextmanager

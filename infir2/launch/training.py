@@ -91,6 +91,15 @@ def starting_tokenizer(config: TrainingConfig) -> Path | None:
     return Path(name) if name and has_tokenizer(Path(name)) else None
 
 
+def no_start(config: TrainingConfig) -> CheckpointError:
+    """That init.checkpoint names nothing to start from."""
+    path = Path(config.init.checkpoint or "").expanduser()
+    why = "" if path.is_dir() else ": there is no such folder"
+    if (path / "config.json").exists():
+        why = ": it looks like a Hugging Face folder, which model.path takes"
+    return CheckpointError(f"{config.init.checkpoint}: no checkpoint to start from{why}")
+
+
 def model_config(config: TrainingConfig, vocab_size: int) -> ModelConfig:
     """The architecture of a recipe; ``vocab_size`` is the tokenizer's, for presets that do not give their own.
 
@@ -100,7 +109,7 @@ def model_config(config: TrainingConfig, vocab_size: int) -> ModelConfig:
     if not section.is_named:
         meta = starting_meta(config)
         if meta is None:
-            raise CheckpointError(f"{config.init.checkpoint}: no checkpoint to start from")
+            raise no_start(config)
         return from_hf(meta["architecture"], f"{config.init.checkpoint}: meta.json")
     if section.path is not None:
         return from_hf(read_config(section.path), f"{section.path}/config.json")
@@ -161,6 +170,10 @@ def run_training(
         ) as store:
             state = {"model": model_state(model), "optim": optimizer_state(model, optimizer)}
             start = _restore(config, store, state, architecture, data)
+            if (done := start.progress.step) >= settings.steps:
+                if world.is_main:
+                    print(f"{run}: already finished ({done} of {settings.steps} steps); infir2 report {run} shows it")
+                return None
             data.check(run)
             refresh_weights(model)  # the codes of the first forward pass
             if world.is_main:
@@ -169,8 +182,6 @@ def run_training(
                     data.write(run)
                 print(report)
             with _open_metrics(config, world, start, data) as metrics:
-                if start.progress.step >= settings.steps:
-                    return None
                 facts = {
                     "data": data.fingerprint,
                     "data_offset": start.data_offset,
@@ -180,38 +191,62 @@ def run_training(
                     "tokenizer": str(tokenizer.resolve()) if tokenizer else None,
                     "config": config.model_dump(mode="json"),
                 }
-                held_out = data.held_out() if settings.eval_every else []
-                graphs = Graphs(model) if settings.cuda_graphs and can_record(world) else None
                 saver = _Saver(store, model, optimizer, metrics, facts)
-                callbacks = Callbacks(
-                    batches=lambda first, last, interrupted: data.batches(first, last, start.data_offset, interrupted),
-                    learning_rate=lambda step: learning_rate(step, settings.steps, config.optim),
-                    evaluate=data.evaluate
-                    or (lambda _: {"eval_loss": evaluate(model, held_out, world, data.attention_for, graphs)}),
-                    save=saver.save,
-                    poll=saver.poll,
-                    finish=saver.finish,
-                    attention_for=data.attention_for,
-                    objective=cross_entropy_of_fp8_head if config.fp8.head else data.objective,
-                    step_values=data.step_values,
-                    together=data.together,
-                )
-                data.begin(model, start.progress, metrics)
-                return train(
-                    model,
-                    optimizer,
-                    start.progress,
-                    settings,
-                    world,
-                    metrics,
-                    callbacks,
-                    clip=config.optim.clip,
-                    flops_per_token=lambda span: architecture.flops_per_token(0, span),
-                    log=config.log,
-                    health_every=config.fp8.health_every if report.converted else 0,
-                    trace_folder=run / "profile",
-                    graphs=graphs,
-                )
+                stopped = _train(config, world, data, architecture, saver, start, bool(report.converted))
+            if world.is_main and stopped is None:
+                print(_closing_line(run, settings.steps, metrics.newest))
+            return stopped
+
+
+def _train(
+    config: TrainingConfig,
+    world: World,
+    data: StageData,
+    architecture: ModelConfig,
+    saver: "_Saver",
+    start: "_Start",
+    has_fp8: bool,
+) -> signal.Signals | None:
+    """The loop, from where ``start`` stands to the last step or a signal."""
+    settings, model, metrics = data.loop, saver.model, saver.metrics
+    held_out = data.held_out() if settings.eval_every else []
+    graphs = Graphs(model) if settings.cuda_graphs and can_record(world) else None
+    callbacks = Callbacks(
+        batches=lambda first, last, interrupted: data.batches(first, last, start.data_offset, interrupted),
+        learning_rate=lambda step: learning_rate(step, settings.steps, config.optim),
+        evaluate=data.evaluate
+        or (lambda _: {"eval_loss": evaluate(model, held_out, world, data.attention_for, graphs)}),
+        save=saver.save,
+        poll=saver.poll,
+        finish=saver.finish,
+        attention_for=data.attention_for,
+        objective=cross_entropy_of_fp8_head if config.fp8.head else data.objective,
+        step_values=data.step_values,
+        together=data.together,
+    )
+    data.begin(model, start.progress, metrics)
+    return train(
+        model,
+        saver.optimizer,
+        start.progress,
+        settings,
+        world,
+        metrics,
+        callbacks,
+        clip=config.optim.clip,
+        flops_per_token=lambda span: architecture.flops_per_token(0, span),
+        log=config.log,
+        health_every=config.fp8.health_every if has_fp8 else 0,
+        trace_folder=Path(config.run) / "profile",
+        graphs=graphs,
+    )
+
+
+def _closing_line(run: Path, steps: int, values: Mapping[str, float]) -> str:
+    """How a run ended, and where to look at it."""
+    names = {"reward": "reward", "eval_reward": "held-out reward", "loss": "loss", "eval_loss": "held-out loss"}
+    shown = [f"{name} {values[key]:.4f}" for key, name in names.items() if key in values]
+    return f"{', '.join([f'done: {steps} steps', *shown])}; infir2 report {run} shows it"
 
 
 def _open_metrics(config: TrainingConfig, world: World, start: "_Start", data: StageData) -> MetricsWriter:

@@ -14,8 +14,10 @@ from infir2.launch.recipe_arguments import add_recipe_arguments
 
 if TYPE_CHECKING:
     import signal
+    from collections.abc import Sequence
 
     from infir2.data.loader import TokenLoader
+    from infir2.data.source import Source
     from infir2.launch.dry_run import Workload
     from infir2.model.config import ModelConfig
     from infir2.parallel.runtime import World
@@ -29,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from infir2.launch.dry_run import describe_run
     from infir2.launch.run_folder import exit_code
     from infir2.parallel.runtime import world
 
@@ -37,13 +38,35 @@ def run(args: argparse.Namespace) -> int:
     config = load(CptConfig, args.recipe, [*profiled, *args.overrides])
     with world(config.parallel.replicate) as here:
         if args.dry_run:
-            architecture = architecture_of(config)
-            open_loader(config, here, architecture)
-            choose_tokenizer(config, here)
-            if here.is_main:
-                print(describe_run(config, architecture, here.size, workload(config)))
+            show_plan(config, here)
             return 0
         return exit_code(train_cpt(config, here), config, here)
+
+
+def show_plan(config: CptConfig, world: "World") -> None:
+    """Print what the recipe would do; nothing is written. Raises UserError with all that is missing for it."""
+    from infir2.config import to_toml
+    from infir2.data.source import open_source
+    from infir2.launch.dry_run import describe_run
+    from infir2.launch.missing import Missing, likely_architecture
+
+    missing, data = Missing(), config.data
+    opened = [missing.attempt(open_source, name, data.validation_fraction) for name in data.sources]
+    sources, note = [source for source in opened if source is not None], ""
+    whole = len(sources) == len(opened)
+    # A preset's vocabulary is that of the data.
+    known = whole or config.model.preset is None
+    architecture = missing.attempt(_fitting, config, sources) if known else None
+    if architecture is not None and whole:
+        missing.attempt(open_loader, config, world, architecture)
+        missing.attempt(choose_tokenizer, config, world)
+    if architecture is None:
+        architecture, note = likely_architecture(config)
+    work = workload(config)
+    text = missing.attempt(describe_run, config, architecture, world.size, work) if architecture else None
+    if world.is_main:
+        print("\n".join(filter(None, (text or to_toml(config), note))))
+    missing.tell()
 
 
 def workload(config: CptConfig) -> "Workload":
@@ -57,10 +80,14 @@ def workload(config: CptConfig) -> "Workload":
 def architecture_of(config: CptConfig) -> "ModelConfig":
     """The recipe's model; checks that it can hold the recipe's sequences."""
     from infir2.data.source import open_source
+
+    return _fitting(config, [open_source(name, config.data.validation_fraction) for name in config.data.sources])
+
+
+def _fitting(config: CptConfig, sources: "Sequence[Source]") -> "ModelConfig":
     from infir2.launch.training import model_config
 
-    sources = [open_source(name, config.data.validation_fraction) for name in config.data.sources]
-    needed = max(source.vocab_size or 0 for source in sources)
+    needed = max((source.vocab_size or 0 for source in sources), default=0)
     if not needed and config.model.preset and not config.model.vocab_size:
         raise ConfigError(
             "model.vocab_size: required, because no source says how large its vocabulary is (a Megatron pair does not)"
@@ -93,10 +120,11 @@ def train_cpt(config: CptConfig, world: "World") -> "signal.Signals | None":
     import torch
 
     from infir2.launch.data_check import verify_shards
-    from infir2.launch.run_folder import keep_tokenizer
+    from infir2.launch.run_folder import check_start, keep_tokenizer
     from infir2.launch.training import StageData, run_training
     from infir2.model.attention import causal_attention, document_attention
 
+    check_start(config, world)
     architecture = architecture_of(config)
     loader = open_loader(config, world, architecture)
     tokenizer = choose_tokenizer(config, world)

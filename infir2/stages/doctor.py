@@ -80,7 +80,7 @@ def advise(findings: dict[str, Any]) -> str:
     if findings["fp8"]["backend"] == "reference":
         return "FP8 is emulated on this GPU: results are right, speed is not; for speed train with --fp8.recipe bf16."
     if hardware == "native-blockwise" and len(gpus) > 1:
-        return f"Ready: start with `torchrun --nproc-per-node {len(gpus)} -m infir2 cpt RECIPE`."
+        return f"Ready: start with `torchrun --standalone --nproc-per-node {len(gpus)} -m -- infir2 cpt RECIPE`."
     return "Ready: start with `infir2 cpt RECIPE`."
 
 

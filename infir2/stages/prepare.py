@@ -62,13 +62,24 @@ def run(args: argparse.Namespace) -> int:
         console.print("every file matches its hash", highlight=False)
     else:
         if not args.inputs:
-            raise DataError("name at least one file or folder of text")
+            raise DataError(f"name at least one file or folder of text{_taken(args)}")
         fields = {name: getattr(args, name) for name in Options.__dataclass_fields__}
         fields |= {"extensions": tuple(args.extensions), "exclude": tuple(args.exclude)}
         with _sigterm_unwinds(), bytes_bar(console, "preparing", after=0) as report:
             dataset = prepare(args.inputs, args.out, progress=report, **fields)
     print_summary(dataset, console)
     return 0
+
+
+def _taken(args: argparse.Namespace) -> str:
+    """Which option took the inputs for its own values, where one did: it takes all words up to the next option."""
+    for option, values in (("--extensions", args.extensions), ("--exclude", args.exclude)):
+        if places := [value for value in values if Path(value).exists()]:
+            names = " ".join(places)
+            return (
+                f": {option} took {names} for one of its values. Put {names} first: infir2 prepare {names} {option} ..."
+            )
+    return ""
 
 
 @contextmanager

@@ -43,32 +43,44 @@ def run(args: argparse.Namespace) -> int:
         if here.size > 1:
             raise ConfigError("infir2 rl trains and samples in one process on one device; start it without torchrun")
         if args.dry_run:
-            print(plan(config, here))
+            show_plan(config, here)
             return 0
         return exit_code(train_rl(config, here), config, here)
 
 
-def plan(config: RlConfig, world: "World") -> str:
-    """What the recipe would do, for people; nothing is written."""
+def show_plan(config: RlConfig, world: "World") -> None:
+    """Print what the recipe would do; nothing is written. Raises UserError with all that is missing for it."""
+    from infir2.config import to_toml
+    from infir2.launch.dry_run import Workload, describe_run
+    from infir2.launch.missing import Missing, likely_architecture
+
+    missing, lines = Missing(), []
+    has_rows, opened = missing.has_rows(config.data), missing.attempt(open_policy, config)
+    if opened is not None and has_rows:
+        data = missing.attempt(read_data, config, opened[0], make_scorer(config.reward), True)
+        lines = _data_lines(config, data) if data is not None else []
+    architecture, note = (opened[2], "") if opened is not None else likely_architecture(config)
+    train, (longest, _) = config.train, config.longest
+    work = Workload(train.steps, train.steps * train.global_batch * longest, config.data.max_tokens_per_gpu)
+    text = missing.attempt(describe_run, config, architecture, world.size, work) if architecture else None
+    cache = _cache_line(config, architecture) if architecture else ""
+    print("\n".join(filter(None, (text or to_toml(config), cache, note, *lines))))
+    missing.tell()
+
+
+def _cache_line(config: RlConfig, architecture: "ModelConfig") -> str:
+    """The memory of the engine's cache."""
     import torch
 
-    from infir2.launch.dry_run import GIB, Workload, describe_run
+    from infir2.launch.dry_run import GIB
     from infir2.rollout.cache_size import bytes_per_token, stored_dtype
 
-    chat, _, architecture = open_policy(config)
-    data = read_data(config, chat, make_scorer(config.reward), show_progress=True)
-    train, rollout = config.train, config.rollout
-    longest, _ = config.longest
-    work = Workload(train.steps, train.steps * train.global_batch * longest, config.data.max_tokens_per_gpu)
+    rollout = config.rollout
     shape = (architecture.num_hidden_layers, architecture.num_key_value_heads, architecture.head_dim)
     token = bytes_per_token(*shape, stored_dtype(rollout.cache_dtype, getattr(torch, config.model.dtype)))
-    return "\n".join(
-        [
-            describe_run(config, architecture, world.size, work),
-            f"while it samples, the engine's cache of {rollout.cache_tokens:,} tokens: "
-            f"{rollout.cache_tokens * token / GIB:.2f} GiB",
-            *_data_lines(config, data),
-        ]
+    return (
+        f"while it samples, the engine's cache of {rollout.cache_tokens:,} tokens: "
+        f"{rollout.cache_tokens * token / GIB:.2f} GiB"
     )
 
 
@@ -77,11 +89,12 @@ def train_rl(config: RlConfig, world: "World") -> "signal.Signals | None":
     import torch
 
     from infir2.data.prompts import order_fingerprint
-    from infir2.launch.run_folder import keep_tokenizer
+    from infir2.launch.run_folder import check_start, keep_tokenizer
     from infir2.launch.training import StageData, run_training
     from infir2.model.attention import document_attention
     from infir2.rl.objective import PolicyObjective
 
+    check_start(config, world)
     chat, tokenizer, architecture = open_policy(config)
     scorer = make_scorer(config.reward)
     data = read_data(config, chat, scorer, show_progress=world.is_main)

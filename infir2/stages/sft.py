@@ -34,23 +34,32 @@ def run(args: argparse.Namespace) -> int:
     with world(config.parallel.replicate) as here:
         if args.dry_run:
             if here.is_main:
-                print(plan(config, here))
+                show_plan(config, here)
             return 0
         return exit_code(train_sft(config, here), config, here)
 
 
-def plan(config: SftConfig, world: "World") -> str:
-    """What the recipe would do, for people; nothing is written."""
+def show_plan(config: SftConfig, world: "World") -> None:
+    """Print what the recipe would do; nothing is written. Raises UserError with all that is missing for it."""
+    from infir2.config import to_toml
     from infir2.launch.chat_model import open_model
     from infir2.launch.dry_run import Workload, describe_run
+    from infir2.launch.missing import Missing, likely_architecture
     from infir2.launch.sft_rows import tokenize
 
-    chat, _, architecture = open_model(config)
-    data = tokenize(config, chat, show_progress=world.is_main)
-    loader = open_loader(config, data, world)
-    tokens = config.train.epochs * int((data.train.lengths - 1).sum())
-    work = Workload(loader.steps, tokens, config.data.max_tokens_per_gpu)
-    return "\n".join([describe_run(config, architecture, world.size, work), *_data_lines(data, loader)])
+    missing, lines = Missing(), []
+    has_rows, opened = missing.has_rows(config.data), missing.attempt(open_model, config)
+    work = Workload(0, 0, config.data.max_tokens_per_gpu)
+    if opened is not None and has_rows:
+        data = missing.attempt(tokenize, config, opened[0], world.is_main)
+        if data is not None and (loader := missing.attempt(open_loader, config, data, world)) is not None:
+            tokens = config.train.epochs * int((data.train.lengths - 1).sum())
+            work = Workload(loader.steps, tokens, config.data.max_tokens_per_gpu)
+            lines = _data_lines(data, loader)
+    architecture, note = (opened[2], "") if opened is not None else likely_architecture(config)
+    text = missing.attempt(describe_run, config, architecture, world.size, work) if architecture else None
+    print("\n".join(filter(None, (text or to_toml(config), note, *lines))))
+    missing.tell()
 
 
 def train_sft(config: SftConfig, world: "World") -> "signal.Signals | None":
@@ -58,11 +67,12 @@ def train_sft(config: SftConfig, world: "World") -> "signal.Signals | None":
     import torch
 
     from infir2.launch.chat_model import open_model
-    from infir2.launch.run_folder import keep_tokenizer
+    from infir2.launch.run_folder import check_start, keep_tokenizer
     from infir2.launch.sft_rows import tokenize_once
     from infir2.launch.training import StageData, run_training
     from infir2.model.attention import document_attention
 
+    check_start(config, world)
     chat, tokenizer, architecture = open_model(config)
     rows = tokenize_once(config, chat)
     loader = open_loader(config, rows, world)

@@ -46,6 +46,8 @@ class MetricsWriter:
         enabled: bool = True,
     ) -> None:
         self.enabled = enabled
+        self.newest: dict[str, float] = {}
+        """The values that were logged last, by their names."""
         self._file: int | None = None
         self._live: LiveLine | None = None
         self._tensorboard: Any = None
@@ -53,7 +55,7 @@ class MetricsWriter:
         if not enabled:
             return
         name = name or run_dir.name
-        wandb = _import_wandb() if wandb_project else None
+        wandb = import_wandb() if wandb_project else None
         self.path = run_dir / "metrics.jsonl"
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -73,6 +75,7 @@ class MetricsWriter:
         if not self.enabled:
             return
         numbers = {key: value if isinstance(value, int) else float(value) for key, value in values.items()}
+        self.newest |= numbers
         self._write(step, kind, numbers)
         self._forward(step, "train" if kind == "train" else kind, numbers)
         if self._live and kind == "train":
@@ -225,7 +228,8 @@ def _open_tensorboard(folder: Path, first_step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0, flush_secs=30)
 
 
-def _import_wandb() -> ModuleType:
+def import_wandb() -> ModuleType:
+    """Raises UserError where the package is missing."""
     try:
         import wandb
 

@@ -17,7 +17,7 @@ from infir2.checkpoint import manifest, safe_reader
 from infir2.checkpoint.store import CheckpointStore
 from infir2.errors import CheckpointError
 
-pytestmark = pytest.mark.filterwarnings("ignore:damaged checkpoint", "ignore:torch.distributed is disabled")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 class Payload:

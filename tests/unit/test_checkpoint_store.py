@@ -4,6 +4,7 @@ import json
 import random
 import resource
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,6 @@ from infir2.checkpoint import manifest
 from infir2.checkpoint.state import model_state, optimizer_state
 from infir2.checkpoint.store import CheckpointStore
 from infir2.errors import CheckpointError
-
-pytestmark = pytest.mark.filterwarnings("ignore:damaged checkpoint")
 
 
 class Tied(nn.Module):
@@ -178,14 +177,25 @@ def test_50_truncated_or_missing_files_are_found(tmp_path: Path) -> None:
     assert store.latest() == root / "step-000002"
 
 
-def test_no_intact_checkpoint_is_an_error_and_none_is_none(tmp_path: Path) -> None:
+def test_no_intact_checkpoint_is_an_error_and_none_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert CheckpointStore(tmp_path / "absent").latest() is None
     store = save_steps(tmp_path, 1, 2)
     for step in (1, 2):
         (tmp_path / f"step-00000{step}" / "meta.json").write_text("{}")
-    with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError, match=r"none of 2 .*meta\.json"):
+    with pytest.raises(CheckpointError, match=r"none of 2 .*meta\.json"):
         store.latest()
     assert len(store.problems) == 2
+    told = [record.getMessage() for record in caplog.records if record.name == "infir2.checkpoint.store"]
+    assert told == [f"damaged checkpoint passed over: {problem}" for problem in store.problems]
+
+
+def test_a_damaged_checkpoint_is_told_in_one_plain_line(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2)
+    flip_bit(tmp_path / "step-000002" / "meta.json", 1)
+    look = f"from infir2.checkpoint.store import *; CheckpointStore(Path({str(tmp_path)!r})).latest()"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"damaged checkpoint passed over: {tmp_path}/step-000002/meta.json: ")
 
 
 def test_retention(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from infir2 import __version__, cli
 from infir2.cli import UsageError, main, split_overrides
-from infir2.errors import ConfigError, TrainingStopped
+from infir2.errors import ConfigError, TrainingStopped, how_to_fetch
 
 STAGES = Path(cli.__file__).parent / "stages"
 
@@ -97,6 +97,7 @@ def test_exit_codes(stage: argparse.Namespace, capsys: pytest.CaptureFixture[str
     assert main(["cpt", "r.toml"]) == 7
     for end, code, line in (
         (ConfigError("r.toml: no"), 2, "infir2: error: r.toml: no\n"),
+        (ConfigError("r.toml: one\nr.toml: two"), 2, "infir2: error: r.toml: one\ninfir2: error: r.toml: two\n"),
         (TrainingStopped("diverged"), 3, "infir2: error: diverged\n"),
         (KeyboardInterrupt(), 130, "infir2: interrupted\n"),
         (SystemExit(5), 5, ""),
@@ -131,11 +132,26 @@ def test_overrides_may_stand_anywhere(words: list[str], stage: argparse.Namespac
     assert stage.args.overrides == ["--optim.lr", "-5e-5", "--run=runs/x", "--optim.betas", "[0.9, 0.95]"]
 
 
-def test_a_mistyped_option_is_not_taken_for_an_override() -> None:
+@pytest.mark.parametrize(
+    "words",
+    [["r.toml", "--dry-rnu"], ["--dryrun", "r.toml"], ["r.toml", "--dry_run", "--run", "x"], ["--dry", "r.toml"]],
+)
+def test_a_mistyped_option_is_not_taken_for_an_override(words: list[str]) -> None:
     parser = cli.Parser(prog="infir2 cpt")
     parser.add_argument("--dry-run", action="store_true")
-    with pytest.raises(UsageError, match=r"--dry-rnu: needs a value. Did you mean '--dry-run'\?"):
-        split_overrides(["r.toml", "--dry-rnu"], parser)
+    with pytest.raises(
+        UsageError, match=r"--dry\w*(-rnu)?: (needs a value|no such option). Did you mean '--dry-run'\?"
+    ):
+        split_overrides(words, parser)
+    assert split_overrides(["r.toml", "--run", "x"], parser) == (["r.toml"], ["--run", "x"])
+
+
+def test_every_line_of_the_list_of_keys_is_indented(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("cpt", "sft", "rl"):
+        assert main([command, "--help"]) == 0
+        keys = capsys.readouterr().out.partition("recipe keys")[2].splitlines()[1:]
+        assert len(keys) > 50
+        assert all(line.startswith("  ") for line in keys), command
 
 
 def test_a_stage_without_overrides_refuses_them(stage: argparse.Namespace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,3 +168,15 @@ def test_the_demo_is_a_chain_of_the_shipped_recipes(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "demo").exists()
     assert cli.main(["demo", "--until", "nothing", "--out", str(tmp_path / "demo")]) == 2
     assert "the stages are worked, corpus, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("folder", "command"),
+    [
+        ("models/Qwen2.5-1.5B", "hf download Qwen/Qwen2.5-1.5B --local-dir models/Qwen2.5-1.5B"),
+        ("Qwen/Qwen2.5-7B", "hf download Qwen/Qwen2.5-7B --local-dir models/Qwen2.5-7B"),
+        ("models/mine", "hf download OWNER/NAME --local-dir models/mine"),
+    ],
+)
+def test_the_way_to_a_model_that_is_not_there(folder: str, command: str) -> None:
+    assert how_to_fetch(folder).endswith(f": {command}")

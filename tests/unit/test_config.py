@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from infir2.config import CptConfig, describe, load, parse, to_toml
+from infir2.config import CptConfig, RlConfig, Section, SftConfig, describe, load, parse, to_toml
 from infir2.errors import ConfigError
 
 RECIPE = """
@@ -57,7 +57,17 @@ def test_an_override_may_start_a_section_and_use_dashes(recipe: Path) -> None:
         (["--train.global_batch", "9", "--train.micro_batch", "2"], "global_batch (9) is not a multiple of"),
         (["--optim.warmup_steps", "11"], "optim.warmup_steps + optim.decay_steps (11) exceed train.steps (10)"),
         (["--optim.min_lr", "1.0"], "optim.min_lr (1) is above optim.lr (0.0001)"),
-        (["--model.path", "x"], "model: give exactly one of model.preset and model.path"),
+        (["--model.path", "x", "--model.preset", "tiny"], "model: give exactly one of model.preset and model.path"),
+        (["--steps", "5"], "command line: steps: unknown key. Did you mean 'train.steps'?"),
+        (["--train.warmup_steps", "1"], "train.warmup_steps: unknown key. Did you mean 'optim.warmup_steps'?"),
+        (["--lrr", "1"], "command line: lrr: unknown key. Did you mean 'optim.lr'?"),
+        (["--zzz", "1"], "command line: zzz: unknown key."),
+        (
+            ["--model", "tiny"],
+            "model: is a section, with the keys preset, path, vocab_size, dtype, init_std (got 'tiny'",
+        ),
+        (["--data.sources", "data/x"], """in quotes: --data.sources '{ "data/x" = 1.0 }'"""),
+        (["--train.steps", "null"], "train.steps: input should be a valid integer"),
     ],
 )
 def test_mistakes_on_the_command_line(recipe: Path, words: list[str], message: str) -> None:
@@ -70,7 +80,9 @@ def test_mistakes_on_the_command_line(recipe: Path, words: list[str], message: s
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (RECIPE.replace("seq_len", "seqlen"), "data.seq_len: this key is required"),
+        (RECIPE.replace("seq_len", "seqlen"), "data.seqlen: unknown key. Did you mean 'seq_len'?"),
+        (RECIPE.replace("[optim]", "[optimizer]"), "optimizer: unknown key. Did you mean 'optim'?"),
+        ("lr = 1e-4\n" + RECIPE.replace("lr = 1e-4", ""), "lr: unknown key. Did you mean 'optim.lr'?"),
         (RECIPE.replace('preset = "tiny"', 'preset = "tiny"\nprest = 1'), "model.prest: unknown key. Did you mean"),
         (RECIPE.replace("steps = 10", 'steps = "ten"'), "train.steps: input should be a valid integer"),
         (RECIPE + "[train]\n", "not valid TOML"),
@@ -85,6 +97,57 @@ def test_mistakes_in_the_file_name_file_and_key(tmp_path: Path, text: str, messa
         load(CptConfig, path)
     assert str(caught.value).startswith(str(path))
     assert message in str(caught.value)
+    assert "\n" not in str(caught.value), "a typo of a required key is not also blamed on the right one"
+
+
+def test_every_mistake_has_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    text = RECIPE.replace("lr = 1e-4", "lrr = 1e-4").replace("seq_len = 256", "").replace("steps = 10", "steps = 0")
+    path.write_text(text.replace('"tiny"', '"tiny"\nprest = 1'))
+    with pytest.raises(ConfigError) as caught:
+        load(CptConfig, path, ["--fp8.recipe", "fp4"])
+    lines = str(caught.value).splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [str(path)] * 2 + ["command line"] + [str(path)] * 2
+    assert [line.partition(": ")[2].partition(":")[0] for line in lines] == [
+        *("model.prest", "optim.lrr"),
+        *("fp8.recipe", "train.steps"),
+        "data.seq_len",
+    ]
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("name", ["cpt_tiny", "sft_1.5b_stage2", "rl_tiny_stage1", "pipeline_tiny"])
+@pytest.mark.parametrize("kind", [CptConfig, SftConfig, RlConfig])
+def test_a_recipe_of_another_kind_is_known_by_its_keys(name: str, kind: type[Section]) -> None:
+    path, command = RECIPES / f"{name}.toml", name.partition("_")[0]
+    if kind.__name__.lower() == f"{command}config":
+        load(kind, path)
+        return
+    with pytest.raises(ConfigError, match=rf"this looks like an? {command} recipe: infir2 {command} {path}$"):
+        load(kind, path)
+
+
+def test_typos_do_not_make_a_recipe_one_of_another_kind(tmp_path: Path) -> None:
+    path = tmp_path / "typos.toml"
+    path.write_text(RECIPE.replace("[data]", "[dat]").replace("seq_len", "seqlen").replace("[data.", "[dat."))
+    with pytest.raises(ConfigError, match=r"dat: unknown key\. Did you mean 'data'\?"):
+        load(CptConfig, path)
+
+
+def test_the_command_line_can_switch_the_model_and_unset_keys(recipe: Path) -> None:
+    model = load(CptConfig, recipe, ["--model.path", "models/x"]).model
+    assert (model.preset, model.path) == (None, "models/x")
+    recipe.write_text(RECIPE.replace('preset = "tiny"', 'path = "models/x"'))
+    model = load(CptConfig, recipe, ["--model.preset", "micro"]).model
+    assert (model.preset, model.path) == ("micro", None)
+    for word in ("null", "none"):
+        config = load(CptConfig, recipe, ["--model.path", word, "--init.checkpoint", "runs/a"])
+        assert (config.model.is_named, config.init.checkpoint) == (False, "runs/a")
+    words = ["--train.activation_checkpointing", "none", "--run", "none"]
+    config = load(CptConfig, recipe, words)
+    assert (config.train.activation_checkpointing, config.run) == ("none", "none"), "a word where None is no value"
 
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:

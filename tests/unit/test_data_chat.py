@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from infir2.data import named_set
 from infir2.data import tokenizer as tok
 from infir2.data.chat import ChatTokenizer, choose_template
 from infir2.data.conversations import Conversation, ConversationSource, conversation_of
@@ -263,7 +265,8 @@ def test_bad_rows_are_counted_by_reason_and_line(tokenizer: PreTrainedTokenizerB
     with pytest.raises(DataError) as caught:
         tokenize_rows(ConversationSource(str(path)), chat, 100, "drop", RowLedger("3", "data.max_bad_rows"))
     message = str(caught.value)
-    assert message.startswith(f"{path}:7: bad_utf8: not valid UTF-8")
+    assert message.startswith(f"{path}:4: bad_json: not a JSON object")
+    assert f"bad_utf8 1: {path}:7" in message
     assert "more than data.max_bad_rows 3 allows" in message
     assert "\n" not in message
 
@@ -289,9 +292,13 @@ def test_files_folders_and_formats(tmp_path: Path) -> None:
     assert ConversationSource(str(folder)).identity() != before
 
 
-def test_names_of_data_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_names_of_data_sets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import datasets
 
+    monkeypatch.setattr(named_set, "_announced", set())
+    monkeypatch.setattr(named_set, "_answers", lambda url: True)
     asked = []
 
     def load(name: str, split: str) -> Any:
@@ -305,14 +312,52 @@ def test_names_of_data_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert asked == [("some/set", "test")]
     assert rows[0].parse().messages == GOOD["messages"]
     assert (str(rows[1].path), rows[1].line) == ("some/set:test", 2)
+    told = capsys.readouterr().err.splitlines()
+    start = "data.train: some/set:test: no file or folder here; loading the data set of that name"
+    assert [line.startswith(start) for line in told] == [True], "what may be downloaded is announced"
     with pytest.raises(DataError, match=r"data.train: no/network: there is no such file or folder, .*Couldn't reach"):
         ConversationSource("no/network")
-    for missing in (str(tmp_path / "gone.jsonl"), "gone.jsonl", "./gone"):
+    (tmp_path / "stage1.jsonl").write_text("x")
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    gone = (str(tmp_path / "gone.jsonl"), "gone.jsonl", "./gone", "gone", "sub/gone", "a/b/gone", "sub/gone:train")
+    for missing in gone:
         with pytest.raises(DataError, match=r"no such file or folder$"):
             ConversationSource(missing)
+    with pytest.raises(DataError, match=rf"no such file or folder in {tmp_path}\. Did you mean 'stage1.jsonl'\?$"):
+        ConversationSource(str(tmp_path / "stage_1.jsonl"))
+    assert asked == [("some/set", "test"), ("no/network", "train")], "a mistyped path is never looked for elsewhere"
+
+
+def test_without_a_network_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    from huggingface_hub import constants
+
+    def load(name: str, split: str) -> Any:
+        seen.append((constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE))
+        raise ConnectionError("x")
+
+    seen: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(named_set.urllib.request, "getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        with pytest.raises(DataError, match=r"\(x\)"):
+            ConversationSource("owner/name")
+    with pytest.raises(DataError, match=r"\(the Hub cannot be reached, and it is not in the cache\)"):
+        ConversationSource("owner/name")
+    assert seen == [(False, False), (True, True)]
+    assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (False, False)
+
+
+def test_a_folder_without_rows(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(DataError, match=r"holds no .jsonl or .parquet file"):
+    read = r"holds no file that is read \(.jsonl, .jsonl.gz, .jsonl.zst, .parquet\)$"
+    with pytest.raises(DataError, match=rf"^data.train: {tmp_path}: {read}"):
         ConversationSource(str(tmp_path))
+    with pytest.raises(DataError, match=r"a.txt: is not a kind of file that is read \(.jsonl, [^;]*\)$"):
+        ConversationSource(str(tmp_path / "a.txt"))
 
 
 @pytest.mark.parametrize("rule", ["drop", "truncate"])

@@ -95,7 +95,7 @@ def test_limits(tmp_path: Path) -> None:
     path.write_text('{"text": "x"}\n' * 97 + "broken\n" * 3)
     assert read(path, "3%")[1].counts["bad_json"] == 3
     assert read(path, "3")[1].counts["bad_json"] == 3
-    with pytest.raises(DataError, match=r"a\.jsonl:100: bad_json: .*3 of 100 rows are bad \(bad_json 3\).*2\.9%"):
+    with pytest.raises(DataError, match=r"a\.jsonl:98: bad_json: .*3 of 100 rows are bad \(bad_json 3: .*2\.9%"):
         read(path, "2.9%")
     with pytest.raises(DataError, match=r"a\.jsonl:98: bad_json: .*--max-bad-rows 0 allows"):
         read(path, "0")
@@ -107,8 +107,19 @@ def test_limits(tmp_path: Path) -> None:
 def test_a_share_stops_early_in_a_long_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\n' * 995 + "broken\n" * 5000)
-    with pytest.raises(DataError, match=r"a\.jsonl:1006: bad_json"):
+    with pytest.raises(DataError, match=r"a\.jsonl:996: bad_json: .*; 11 of 1006 rows are bad"):
         read(path, "1%")
+
+
+def test_the_first_five_of_each_reason_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('broken\n{"body": 1}\n' * 3 + "broken\n" * 4 + '{"text": "x"}\n')
+    with pytest.raises(DataError) as caught:
+        read(path, "1%")
+    message = str(caught.value)
+    assert message.startswith(f"{path}:1: bad_json: not a JSON object (Expecting value: line 1 column 1 (char 0)); ")
+    broken, textless = (", ".join(f"{path}:{line}" for line in lines) for lines in ((1, 3, 5, 7, 8), (2, 4, 6)))
+    assert f"10 of 11 rows are bad (bad_json 7: {broken}, ...; missing_text 3: {textless}), more than" in message
 
 
 def test_parquet(tmp_path: Path) -> None:

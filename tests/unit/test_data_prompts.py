@@ -61,7 +61,9 @@ def test_every_form_of_row_and_every_fault(tmp_path: Path, chat: ChatTokenizer) 
 def test_too_many_bad_rows_stop_the_run(tmp_path: Path, chat: ChatTokenizer) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b"\n".join(ROWS) + b"\n")
-    with pytest.raises(DataError, match=r"prompts.jsonl:4: bad_label: .*more than data.max_bad_rows 1 allows"):
+    with pytest.raises(
+        DataError, match=r"prompts.jsonl:3: bad_json: .*prompts.jsonl:4\), more than data.max_bad_rows 1 allows"
+    ):
         read(path, chat, limit="1")
 
 

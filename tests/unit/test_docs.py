@@ -8,6 +8,7 @@ import pytest
 
 from infir2.cli import COMMANDS
 from infir2.config import CptConfig, describe
+from infir2.serve.protocol import ChatRequest, parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -53,6 +54,11 @@ def messages_of_the_source() -> str:
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     return "\n".join(found)
+
+
+def test_the_request_in_the_guide_to_serving_is_one() -> None:
+    (body,) = re.findall(r"-d '(.*)'", (ROOT / "docs/serving.md").read_text())
+    assert parse(ChatRequest, body.encode()).max_tokens == 200
 
 
 def test_messages_in_troubleshooting_are_those_of_the_source() -> None:

@@ -551,7 +551,9 @@ def test_models_and_tasks_whose_names_are_alike_keep_their_results_apart(
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the server ended at its start: infir2: error: .*no such checkpoint folder"):
+    with pytest.raises(
+        UserError, match=r"the server ended at its start: infir2: error: .*nothing: no such folder; a model"
+    ):
         LocalServer(str(tmp_path / "nothing"), timeout_s=120).__enter__()
 
 
@@ -560,7 +562,7 @@ def test_bad_command_lines_are_one_line(capsys: pytest.CaptureFixture[str], tmp_
         (["a", "--tasks", "held_out_1", "--paired"], "--paired compares two models, not 1"),
         (["a", "--tasks", "held_out_1", "--limit", "0"], "--limit: 0 is less than 1"),
         (["a", "--tasks", "held_out_1", "--data", str(tmp_path / "no")], f"--data {tmp_path / 'no'}: no such folder"),
-        ([str(tmp_path / "gone"), "--tasks", "held_out_1"], f"{tmp_path / 'gone'}: no such checkpoint folder"),
+        ([str(tmp_path / "gone"), "--tasks", "held_out_1"], f"{tmp_path / 'gone'}: no such folder; a model"),
         (["m", "--tasks", "held_out_1", "--api-url", "http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1/models: "),
         *(
             (["m", "--tasks", "held_out_1", "--api-url", url], f"--api-url {url}: is not the address of a server")

@@ -261,7 +261,10 @@ def test_sources_that_are_not_whole(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "holds neither" in error_of(capsys, source, out)
     (source / "config.json").unlink()
     assert "config.json: missing" in error_of(capsys, source, out)
-    assert "no such checkpoint folder" in error_of(capsys, tmp_path / "nowhere", out)
+    error = error_of(capsys, tmp_path / "nowhere", out)
+    assert (
+        "nowhere: no such folder; a model is a Hugging Face folder, a run or a checkpoint folder. Nothing is" in error
+    )
     assert "no checkpoint in it" in error_of(capsys, tmp_path, out)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 

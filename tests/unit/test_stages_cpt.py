@@ -70,10 +70,15 @@ def test_the_run_folder(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> N
     meta = json.loads((run / "checkpoints/step-000008/meta.json").read_text())
     assert meta["progress"] == {"step": 8, "tokens": lines[-1]["tokens"], "skipped": 0, "skipped_in_a_row": 0}
 
-    before = (run / "metrics.jsonl").read_bytes()
+    held_out = metrics_lines(run, "eval")[-1]["eval_loss"]
+    told = f"done: 8 steps, loss {lines[-1]['loss']:.4f}, held-out loss {held_out:.4f}; infir2 report {run} shows it"
+    assert capsys.readouterr().out.splitlines()[-1] == told
+
+    before = {item: item.read_bytes() for item in run.iterdir() if item.is_file()}
     assert cpt(path, "--train.seed", "5") == 0, "a finished run has nothing left to do"
-    assert [line["event"] for line in metrics_lines(run, "event")].count("resume") == 1
-    assert (run / "metrics.jsonl").read_bytes().startswith(before)
+    told = f"{run}: already finished (8 of 8 steps); infir2 report {run} shows it"
+    assert capsys.readouterr().out.splitlines()[-1] == told
+    assert {item: item.read_bytes() for item in run.iterdir() if item.is_file()} == before
 
 
 def test_an_fp8_head_trains_and_changes_held_out_losses_in_no_other_way(recipe: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ Recipe = Callable[..., tuple[Path, Path]]
         (("--optim.lr", "fast"), "optim.lr: input should be a valid number"),
         (("--train.micro_batch", "3"), "train.global_batch (4) is not a multiple of train.micro_batch (3)"),
         (("--optim.warmup_steps", "9"), "exceed train.steps (8)"),
-        (("--model.preset", "tiny"), "exactly one of model.preset and model.path"),
+        (("--model.preset", "tiny", "--model.path", "x"), "exactly one of model.preset and model.path"),
         (("--data.seq_len", "129"), "data.seq_len: 129 tokens exceed the model's max_position_embeddings (128)"),
         (("--data.sources", "{ '/nowhere/x' = 1.0 }"), "data.sources: /nowhere/x: there is neither a folder"),
         (("--model.path", "/nowhere/model"), "/nowhere/model: no such model folder"),
@@ -161,6 +162,56 @@ def test_a_run_folder_that_cannot_be_made(recipe: Recipe, capsys: pytest.Capture
     path, run = recipe()
     run.write_text("a file is in the way")
     assert error_of(capsys, path) == f"{run}: is a file, but a folder is needed; give another --run"
+
+
+def test_a_folder_of_something_else_is_no_run_folder(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path, run = recipe()
+    run.mkdir()
+    (run / "thesis.md").write_text("years of work")
+    assert error_of(capsys, path).startswith(
+        f"{run}: is not empty and no run folder (it holds thesis.md); give another"
+    )
+    assert [item.name for item in run.iterdir()] == ["thesis.md"]
+    (run / "thesis.md").rename(run / ".hidden")
+    assert cpt(path, "--train.steps", "2", "--optim.schedule", "constant") == 0, "hidden files are no content"
+
+
+def test_a_package_that_will_be_missing_is_told_first(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    path, run = recipe()
+    assert "needs the package wandb: pip install" in error_of(capsys, path, "--log.wandb_project", "x")
+    assert not run.exists()
+
+
+def test_a_dry_run_tells_what_can_be_known_and_all_that_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = Path(__file__).parents[2] / "recipes/cpt_1.5b.toml"
+    monkeypatch.chdir(tmp_path)
+    words = ("--dry-run", "--data.sources", '{ "data/a" = 1, "data/b" = 1 }')
+    assert cpt(shipped, *words) == 2
+    told = capsys.readouterr()
+    assert "parameters: 1,543,714,304" in told.out
+    assert "in 40,000 steps of 128 sequences" in told.out
+    assert "together" in told.out
+    assert "models/Qwen2.5-1.5B is not there: these are the sizes of the preset qwen2.5-1.5b" in told.out
+    first, second, third = told.err.splitlines()
+    assert first.startswith("infir2: error: data.sources: data/a: there is neither")
+    assert second.startswith("infir2: error: data.sources: data/b: there is neither")
+    assert third.endswith("hf download Qwen/Qwen2.5-1.5B --local-dir models/Qwen2.5-1.5B")
+    assert cpt(shipped, *words, "--model.path", "models/secret") == 2
+    told = capsys.readouterr()
+    assert "parameters:" not in told.out
+    assert 'path = "models/secret"' in told.out, "the resolved recipe at least"
+    assert cpt(shipped, *words, "--model.preset", "tiny") == 2
+    told = capsys.readouterr()
+    assert "the vocabulary is the preset's own" in told.out
+    assert len(told.err.splitlines()) == 2
+    assert not any(tmp_path.iterdir())
 
 
 def test_start_weights_that_are_not_numbers_fail(

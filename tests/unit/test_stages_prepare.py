@@ -254,6 +254,9 @@ def test_killed_processes_leave_nothing_for_long(tmp_path: Path) -> None:
         (("A", "FOLDER"), "named twice: by"),
         (("FOLDER", "--out", "FOLDER/data/out"), "lies inside FOLDER, whose text would hold it the next time"),
         (("A", "--out", ""), "--out: an empty name"),
+        (("--extensions", ".md", "FOLDER"), "--extensions took FOLDER for one of its values. Put FOLDER first: "),
+        (("--exclude", "x", "A"), "--exclude took A for one of its values. Put A first: infir2 prepare A --exclude"),
+        ((), "name at least one file or folder of text"),
     ],
 )
 def test_mistakes_are_told(tmp_path: Path, words: tuple[object, ...], said: str) -> None:

@@ -321,6 +321,26 @@ def test_dry_run_reads_the_prompts_and_writes_nothing(recipe: Recipe, capsys: py
     assert not run.exists()
 
 
+def test_a_dry_run_tells_all_that_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = Path(__file__).parents[2] / "recipes"
+    monkeypatch.chdir(tmp_path)
+    words = ("--data.train", "gone.jsonl", "--data.validation", "away.jsonl", "--dry-run")
+    for command, start in (("rl", "--model.path"), ("sft", "--model.path"), ("rl", "--init.checkpoint")):
+        place = "models/Qwen2.5-1.5B"
+        rest = (start, place) if start == "--init.checkpoint" else (start, place, "--init.checkpoint", "null")
+        assert cli.main([command, str(recipes / f"{command}_1.5b_stage1.toml"), *rest, *words]) == 2
+        told = capsys.readouterr()
+        assert ("parameters: 1,543,714,304" in told.out) == (start == "--model.path")
+        assert f'run = "runs/{command}_1.5b_stage1"' in told.out
+        train, held_out, model = told.err.splitlines()
+        assert train == "infir2: error: data.train: gone.jsonl: no such file or folder"
+        assert held_out == "infir2: error: data.validation: away.jsonl: no such file or folder"
+        assert model.startswith(f"infir2: error: {place}: no ")
+    assert not any(tmp_path.iterdir())
+
+
 def test_dry_run_foretells_the_cache_in_the_models_dtype(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     policy, tokens = small_rl.POLICY, 1 << 20
     shape = (policy.num_hidden_layers, policy.num_key_value_heads, policy.head_dim)

@@ -189,7 +189,7 @@ def jinja(folder: Path) -> Path:
     return path
 
 
-def test_stage_2_from_stage_1(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stage_2_from_stage_1(recipe: Recipe, chat_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, first = recipe("one", **{"train.epochs": 1, "data.chat_template": "chatml"})
     assert sft(one) == 0
     settings = {"model.path": None, "init.checkpoint": str(first), "train.epochs": 1, "train.save_every": 2}
@@ -204,7 +204,10 @@ def test_stage_2_from_stage_1(recipe: Recipe, capsys: pytest.CaptureFixture[str]
     assert sft(two, "--train.epochs", "2") == 0, "a resume does not need stage 1 any more"
     assert [line["step"] for line in metrics_lines(run)] == list(range(1, 9))
     three, _ = recipe("three", **settings)
-    assert error_of(capsys, three) == f"{first}: no checkpoint to start from"
+    assert error_of(capsys, three) == f"{first}: no checkpoint to start from: there is no such folder"
+    error = error_of(capsys, three, "--init.checkpoint", str(chat_model))
+    what = "it looks like a Hugging Face folder, which model.path takes"
+    assert error == f"{chat_model}: no checkpoint to start from: {what}"
 
 
 def weights(run: Path, recipe: Path) -> dict[str, list[float]]:
@@ -252,7 +255,7 @@ def test_a_validation_file_and_rows_that_are_left_out(
         (("--data.max_length", "129", "--data.max_tokens_per_gpu", "256"), "data.max_length: 129 tokens exceed"),
         (("--data.max_length", "5"), "data.train: no row is left to train on: 21 rows, 21 samples, 0 tokens"),
         (("--data.too_long", "keep"), "data.too_long: input should be 'drop' or 'truncate'"),
-        (("--data.tokenizer", "/nowhere"), "/nowhere: no tokenizer"),
+        (("--data.tokenizer", "/nowhere"), "/nowhere: no such folder, so no tokenizer. Nothing is"),
         (("--data.chat_template", "/nowhere.jinja"), "data.chat_template: /nowhere.jinja: cannot be read"),
         (("--data.max_bad_rows", "many"), "data.max_bad_rows: 'many' is neither a count such as 20 nor a share"),
         (("--data.validation_fraction", "0.0"), "train.eval_every: no row is held out; give data.validation or"),
