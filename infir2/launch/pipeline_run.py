@@ -31,10 +31,18 @@ def run_step(plan: Plan, step: Step) -> int:
             _put_aside(plan.run, outputs(step))
     plan.note(step, started=step.fingerprint, command=step.command_line, at=_now())
     began = time.monotonic()
-    code, told = _run([*(step.launcher or [sys.executable]), "-m", "infir2", *step.words])
+    code, told = _run(command_of(step))
     if code == 0:
         plan.note(step, finished=step.fingerprint, seconds=round(time.monotonic() - began, 1))
     return 128 + told if told else code
+
+
+def command_of(step: Step) -> list[str]:
+    """The words that start a stage: its launcher, or this Python, and infir2."""
+    launcher = list(step.launcher) or [sys.executable]
+    # torchrun would take a stage's --run for an abbreviation of its own --run-path.
+    by_torchrun = Path(launcher[0]).name == "torchrun" or "torch.distributed.run" in launcher
+    return [*launcher, "-m", *(["--"] if by_torchrun else []), "infir2", *step.words]
 
 
 def stop_code(code: int) -> int | None:

@@ -168,7 +168,7 @@ def _answers(folder: Path) -> list[dict[str, Any]]:
 
 def _first_samples(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     return {row["problem"]: row for row in reversed(rows)}

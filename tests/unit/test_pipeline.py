@@ -223,3 +223,16 @@ def test_killed_in_a_stage_the_chain_goes_on(folder: Path) -> None:
     assert not finished(folder)
     assert main(["pipeline", "chain.toml", "--vars.count", "4000", "--until", "easy"]) == 0
     assert len((folder / "chain/easy.jsonl").read_text().splitlines()) == 4000
+
+
+@pytest.mark.slow
+def test_a_stage_under_torchrun_keeps_its_own_run_option(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "chain.toml").write_text(
+        'run = "chain"\n[[stage]]\nname = "cpt"\n'
+        f'launcher = "{Path(sys.executable).parent}/torchrun --standalone --nproc-per-node 1"\n'
+        'command = "cpt gone.toml --run {out}"\n'
+    )
+    assert main(["pipeline", "chain.toml"]) != 0
+    error = capfd.readouterr().err
+    assert "gone.toml: no such" in error
+    assert "ambiguous" not in error
