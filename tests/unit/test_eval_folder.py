@@ -67,7 +67,7 @@ def test_every_mistake_is_told_before_anything_is_asked(
     for words, message in (
         ((models[0], "--tasks", f"{one},math:gone.jsonl"), "--tasks: gone.jsonl: "),
         ((models[0], "--tasks", f"{one},math:bad.jsonl"), "math:bad.jsonl: math: a label must be"),
-        ((models[0], "gone", "--tasks", one), "gone: no such checkpoint folder"),
+        ((models[0], "gone", "--tasks", one), "gone: no such folder; a model is"),
         ((models[0], "--tasks", two, "--out", "/proc/out"), "/proc/out: cannot be written"),
         ((models[0], "--tasks", two, "--out", "file"), "file: is a file, but a folder is needed; give another --out"),
     ):

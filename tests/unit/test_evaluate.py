@@ -424,9 +424,9 @@ def test_problems_of_livecodebench_become_labels_of_the_sandbox() -> None:
 
 
 def test_programs_of_livecodebench_have_its_limits() -> None:
-    sandbox = Sandbox(program_limits(6.0))
+    sandbox = Sandbox(program_limits(60.0))
     large = as_label(json.dumps({"inputs": ["x"], "outputs": ["1 " * 700_000], "fn_name": None}))
-    program = "held = bytearray(2 << 30)\nprint('1 ' * 700_000)"
+    program = "held = bytearray(5 << 28)\nprint('1 ' * 700_000)"
     assert judge(program, parse_problem(large), sandbox).outcome == "passed"
     strange = json.dumps("a\u2028b", ensure_ascii=False)  # JSON may hold it as it is
     calls = as_label(json.dumps({"inputs": [strange], "outputs": [strange], "fn_name": "same"}))
