@@ -1,6 +1,7 @@
 """A folder into which one process at a time writes: the lock on it, and the words for what cannot be written there."""
 
 import fcntl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,23 @@ def held(folder: Path, busy: str, other: str, lock: str = ".lock") -> Iterator[N
         except BlockingIOError:
             raise UserError(f"{folder}: {busy}; wait for it, stop it, or {other}") from None
         yield
+
+
+def wait_until_free(folder: Path, seconds: float, lock: str = ".lock") -> None:
+    """Wait while another process holds the folder, but no longer than ``seconds``: who takes it then will say so."""
+    if not (folder / lock).exists():
+        return
+    deadline, told = time.monotonic() + seconds, False
+    with open(folder / lock, "a") as file:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if not told:
+                    print(f"{folder}: another process, asked to stop, is still saving; waiting for it", flush=True)
+                told = True
+                time.sleep(0.2)
 
 
 @contextmanager

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from infir2.durable import unused_name
-from infir2.launch.held_folder import writing
+from infir2.launch.held_folder import wait_until_free, writing
 from infir2.launch.pipeline_plan import Plan, Step, outputs
 
 # These go on where they stopped when they are run again; what others had begun is put aside.
 _RESUME = ("cpt", "sft", "rl", "compare", "eval")
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
+_LONGEST_FAREWELL = 120.0
+"""Seconds that a stage may take to save what it has."""
 
 
 def run_step(plan: Plan, step: Step) -> int:
@@ -26,6 +28,8 @@ def run_step(plan: Plan, step: Step) -> int:
     SIGINT and SIGTERM are handed on to it. The code is then 128 + the signal even where the stage finished: the chain
     was asked to stop.
     """
+    # The stage of a chain that was killed a moment ago may not have ended yet (see _end_with_parent).
+    wait_until_free(step.out, _LONGEST_FAREWELL)
     if not (plan.is_started(step) and step.words[0] in _RESUME):
         with writing(plan.run):
             _put_aside(plan.run, outputs(step))

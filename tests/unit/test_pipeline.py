@@ -15,6 +15,7 @@ import pytest
 from infir2.cli import main
 from infir2.config import load
 from infir2.errors import ConfigError
+from infir2.launch.held_folder import held, wait_until_free
 from infir2.launch.pipeline_plan import PipelineConfig, Plan, make_plan
 
 CHAIN = """
@@ -236,3 +237,19 @@ def test_a_stage_under_torchrun_keeps_its_own_run_option(folder: Path, capfd: py
     error = capfd.readouterr().err
     assert "gone.toml: no such" in error
     assert "ambiguous" not in error
+
+
+def test_a_stage_waits_for_the_one_that_a_killed_chain_left_behind(tmp_path: Path) -> None:
+    left_behind = (
+        "import time\nfrom pathlib import Path\nfrom infir2.launch.held_folder import held\n"
+        f"with held(Path({str(tmp_path)!r}), 'busy', 'go'):\n    print('held', flush=True)\n    time.sleep(1.5)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", left_behind], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        wait_until_free(tmp_path, 0.1)
+        assert process.poll() is None, "no longer than it was told"
+        wait_until_free(tmp_path, 60.0)
+        with held(tmp_path, "busy", "go"):
+            pass
+    wait_until_free(tmp_path / "nothing", 60.0)
