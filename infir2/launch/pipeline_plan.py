@@ -138,7 +138,7 @@ def make_plan(config: PipelineConfig, file: str) -> Plan:
         facts = {
             "words": words,
             "read": {name: fingerprints.get(name) or config.vars[name] for name in read},
-            "files": [_file_fingerprint(Path(word)) for word in own if Path(word).exists()],
+            "files": [_file_fingerprint(path) for path in _named_files(own)],
         }
         fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         launcher, makes = tuple(shlex.split(stage.launcher)), "{out}" in stage.command
@@ -168,6 +168,17 @@ def _fill(word: str, places: dict[str, str], where: str) -> str:
         return places[name]
 
     return _PLACE.sub(place, word)
+
+
+def _named_files(words: Sequence[str]) -> list[Path]:
+    """The words that are files or folders here. What --exclude names is left out by the stage, whatever lies here."""
+    found, excluded = [], False
+    for word in words:
+        if word.startswith("--"):
+            excluded = word == "--exclude"
+        elif not excluded and Path(word).exists():
+            found.append(Path(word))
+    return found
 
 
 def _file_fingerprint(path: Path) -> list[Any]:

@@ -253,3 +253,11 @@ def test_a_stage_waits_for_the_one_that_a_killed_chain_left_behind(tmp_path: Pat
         with held(tmp_path, "busy", "go"):
             pass
     wait_until_free(tmp_path / "nothing", 60.0)
+
+
+def test_a_folder_that_a_stage_excludes_by_name_is_none_of_its_inputs(folder: Path) -> None:
+    text = CHAIN.replace("--vocab-size 300", "--vocab-size 300 --exclude tests")
+    (folder / "tests").mkdir()
+    before = [step.fingerprint for step in plan(text, folder).steps]
+    (folder / "tests/new.py").write_text("changed")
+    assert [step.fingerprint for step in plan(text, folder).steps] == before
