@@ -246,7 +246,8 @@ def test_two_hundred_clients_of_whom_many_behave_badly(server: LocalServer) -> N
     assert {replies[number].status for number in nonsense} == {400}
     answered = [number for number in range(200) if number not in rude and number not in nonsense]
     assert len(answered) == 150
-    assert {replies[number].status for number in answered} == {200}
+    refused = {number: replies[number] for number in answered if replies[number].status != 200}
+    assert not refused, "requests and what they were told"
     for number in answered:
         check_whole(replies[number].body, streamed=number % 3 == 0)
     until_nothing_is_held(server)
