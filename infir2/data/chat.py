@@ -63,7 +63,7 @@ class ChatTokenizer:
         self._special = _special_tokens(tokenizer)
         self._jinja: Callable[..., Any] = render_jinja_template
         try:
-            self._render([{"role": "user", "content": "?"}], None)
+            self._prompt([{"role": "user", "content": "?"}], None)
         except BadRow:
             pass  # a template may insist on more than one message
         except SyntaxError as error:
@@ -100,8 +100,7 @@ class ChatTokenizer:
 
         Raises BadRow (bad_template) where the template refuses the messages.
         """
-        text, _ = self._render(messages, tools, add_generation_prompt=True)
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._backend.encode(self._prompt(messages, tools), add_special_tokens=False).ids
 
     def end_of_turn(self) -> int | None:
         """Id of the special token with which the template ends an assistant turn; None where it has none."""
@@ -116,13 +115,13 @@ class ChatTokenizer:
 
     def _turn(self, messages: Sequence[Message], tools: Any) -> tuple[str, int, int]:
         """The text up to and with the last message, an assistant's, and the range of that message's turn in it."""
-        text, marked = self._render(messages, tools)
+        text, marked = self._render(messages, tools, marks=self._marks)
         if self._marks:
             if not marked:
                 raise BadRow("bad_template", "its {% generation %} block is not reached")
             start, end = marked[-1]
         else:
-            prompt, _ = self._render(messages[:-1], tools, add_generation_prompt=True)
+            prompt = self._prompt(messages[:-1], tools)
             if not text.startswith(prompt):
                 raise BadRow(
                     "bad_template",
@@ -147,8 +146,12 @@ class ChatTokenizer:
             found = self._special.search(text, found.end())
         return end
 
+    def _prompt(self, messages: Sequence[Message], tools: Any) -> str:
+        # Without marks, because transformers lets only one thread at a time mark; a server's requests are many.
+        return self._render(messages, tools, marks=False, add_generation_prompt=True)[0]
+
     def _render(
-        self, messages: Sequence[Message], tools: Any, add_generation_prompt: bool = False
+        self, messages: Sequence[Message], tools: Any, marks: bool, add_generation_prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         from jinja2 import TemplateSyntaxError
 
@@ -157,7 +160,7 @@ class ChatTokenizer:
                 conversations=[list(messages)],
                 tools=tools,
                 chat_template=self.template,
-                return_assistant_tokens_mask=self._marks,
+                return_assistant_tokens_mask=marks,
                 add_generation_prompt=add_generation_prompt,
                 **self._names,
             )
@@ -166,7 +169,7 @@ class ChatTokenizer:
         except Exception as error:  # a template can raise whatever its author thought of
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BadRow("bad_template", reason) from None
-        return texts[0], [(int(start), int(end)) for start, end in marked[0]] if self._marks else []
+        return texts[0], [(int(start), int(end)) for start, end in marked[0]] if marks else []
 
 
 def choose_template(tokenizer: "PreTrainedTokenizerBase", choice: str) -> str:

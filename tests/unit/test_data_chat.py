@@ -4,6 +4,8 @@ import gzip
 import json
 import random
 import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -402,3 +404,18 @@ def test_a_template_may_end_turns_with_plain_text(tokenizer: PreTrainedTokenizer
     assert (
         ChatTokenizer(tokenizer, plain + "{% if add_generation_prompt %}assistant: {% endif %}").end_of_turn() is None
     )
+
+
+def test_prompts_are_made_by_many_threads_at_once(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A server's requests come together; transformers marks generation blocks for one thread at a time only."""
+    chat = ChatTokenizer(tokenizer, tok.CHAT_TEMPLATE)
+    asked = [[{"role": "user", "content": f"{number} + {number}"}] for number in range(300)]
+    alone = [chat.prompt(messages) for messages in asked]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(16) as threads:
+            for _ in range(5):
+                assert list(threads.map(chat.prompt, asked)) == alone
+    finally:
+        sys.setswitchinterval(before)
