@@ -54,11 +54,9 @@ class Operand:
 
     def matmul(self, other: "Operand", out_dtype: torch.dtype) -> Tensor:
         """self @ other.T: [M, K] and [N, K] -> [M, N], float32 sums."""
-        native = matmul.native_dtype(self.codes, self.granularity, out_dtype)
-        product = matmul.scaled_mm(
-            self.codes, self.scale, self.granularity, other.codes, other.scale, other.granularity, native
+        return matmul.scaled_mm(
+            self.codes, self.scale, self.granularity, other.codes, other.scale, other.granularity, out_dtype
         )
-        return product.to(out_dtype)
 
 
 Saved = tuple[Tensor, Tensor, Tensor]

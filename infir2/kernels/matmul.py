@@ -41,12 +41,6 @@ def describe_backend(device: torch.device) -> tuple[str, str]:
     )
 
 
-def native_dtype(a: Tensor, a_granularity: str, out_dtype: torch.dtype) -> torch.dtype:
-    """What ``scaled_mm`` should be asked for where ``out_dtype`` is wanted: with channel scales cuBLAS writes only
-    bfloat16."""
-    return torch.bfloat16 if a.is_cuda and a_granularity == "channel" else out_dtype
-
-
 def pad_tokens(x: Tensor) -> Tensor:
     """The hardware GEMM wants whole 128-token blocks: append zero rows, which add nothing to any product."""
     missing = -x.shape[0] % BLOCK if x.is_cuda else 0
@@ -82,8 +76,7 @@ def _scaled_mm(
     b_granularity: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """a @ b.T: codes [M, K] and [N, K] with their scales -> [M, N] in ``out_dtype`` (bfloat16 or float32, as
-    ``native_dtype`` allows).
+    """a @ b.T: codes [M, K] and [N, K] with their scales -> [M, N] in ``out_dtype``, bfloat16 or float32.
 
     Sums are float32. Scales as made by ``infir2.kernels.quantize``.
     """

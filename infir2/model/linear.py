@@ -2,15 +2,18 @@
 
 Then a pass has few tokens, so its time is that of reading the weights. ``keep_cast`` keeps a float32 master's copy in
 the compute dtype, ``join`` lays the weights of linears that read the same input one below the other, and ``together``
-multiplies those by one GEMM. Passes that want gradients take no notice of any of it.
+multiplies those by one GEMM. Passes that want gradients take no notice of any of it; on a GPU theirs of a float32
+master come out of the GEMM in float32.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self._gradient_is_wide(x):
+            return _WideGradient.apply(x, self.weight, bias)
         return F.linear(x, self.weight_in(x.dtype), bias)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
@@ -47,6 +52,29 @@ class Linear(nn.Linear):
         if self.cast is not None and self.cast.dtype == dtype and not torch.is_grad_enabled():
             return self.cast
         return self.weight.to(dtype)
+
+    def _gradient_is_wide(self, x: Tensor) -> bool:
+        wider = self.weight.dtype == torch.float32 != x.dtype
+        return wider and x.is_cuda and torch.is_grad_enabled() and not isinstance(self.weight, DTensor)
+
+
+class _WideGradient(torch.autograd.Function):
+    """x Wᵀ + b of a float32 master W: its gradient leaves the GEMM as it was summed, in float32. What autograd makes of
+    ``F.linear(x, W.to(x.dtype))`` is rounded to the dtype of x, then copied to float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, master: Tensor, bias: Tensor | None) -> Tensor:
+        weight = master.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        flat = grad.flatten(0, -2)
+        dx = grad @ weight if ctx.needs_input_grad[0] else None
+        dw = torch.mm(flat.T, x.flatten(0, -2), out_dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        return dx, dw, flat.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def together(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
