@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from infir2.kernels.matmul import pad_tokens, scaled_mm
+from infir2.kernels.operand import empty_operand
 from infir2.kernels.quantize import quantize
+from infir2.kernels.reference import BLOCK
 from infir2.kernels.rows import encode_rows, quantize_rows
-from infir2.kernels.transpose import transpose_operand
-from infir2.kernels.vocabulary import add_product_, chunks
+from infir2.kernels.transpose import transpose_operand, transpose_tiles_into
+from infir2.kernels.vocabulary import HELD_CHUNKS, add_product, chunk_tokens, chunks
 
 Codes = tuple[Tensor, Tensor]
 """Row codes and their scales."""
@@ -25,8 +27,8 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, ignore: in
     hidden [tokens, features] in bfloat16 or float32, weight [vocabulary, features], labels int64 [tokens]. The GEMMs
     run in hidden's dtype with float32 sums, the softmax in float32, the weight gradient is summed in float32.
 
-    fp8: the logits and the gradient of ``hidden`` are made by FP8 GEMMs, hidden and the logits' gradient in 1x128
-    tiles, the weight in 128x128 blocks; the weight gradient stays as it is.
+    fp8: all three GEMMs run in FP8, of hidden and the logits' gradient in 1x128 tiles (along the vocabulary for the
+    gradient of hidden, along the tokens for the weight's) and the weight in 128x128 blocks.
     """
     return _CrossEntropySum.apply(hidden, weight, labels, ignore, fp8)
 
@@ -35,19 +37,22 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, fp8: bool) -> Tensor:
         want_hidden, want_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        head = _Fp8Head(weight, want_hidden) if fp8 else _Head(weight.to(hidden.dtype))
+        training = want_hidden or want_weight
+        head: Any = _Fp8Head(weight, hidden, want_hidden) if fp8 else _Head(weight, hidden)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for here in chunks(hidden.shape[0], weight.shape[0]):
-            logits = head.logits(hidden[here])
-            encode = fp8 and want_hidden
-            nll, codes = softmax_gradient_(logits, labels[here], ignore, want_hidden or want_weight, encode)
+            logits = head.logits(here)
+            nll, codes = softmax_gradient_(logits, labels[here], ignore, training and not fp8, training and fp8)
             total += nll.sum()
+            gradient = codes or logits
             if grad_hidden is not None:
-                head.input_gradient(logits, codes, grad_hidden[here])
-            if grad_weight is not None:
-                add_product_(grad_weight, logits, hidden[here])
+                head.input_gradient(gradient, grad_hidden[here])
+            if want_weight:
+                head.add_weight_gradient(gradient, here)
+        grad_weight = head.weight_gradient
+        if want_weight and grad_weight is None:  # no tokens
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -63,43 +68,93 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 class _Head:
-    """The two GEMMs with the head's weight, in its dtype."""
+    """The three GEMMs with the head's weight, in hidden's dtype, over chunks of the tokens."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+    def __init__(self, weight: Tensor, hidden: Tensor) -> None:
+        self.weight, self.hidden = weight.to(hidden.dtype), hidden
+        self.weight_gradient: Tensor | None = None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return hidden @ self.weight.T
+    def logits(self, here: slice) -> Tensor:
+        return self.hidden[here] @ self.weight.T
 
-    def input_gradient(self, grad: Tensor, codes: Codes | None, out: Tensor) -> None:
-        torch.mm(grad, self.weight, out=out)
+    def input_gradient(self, gradient: Any, out: Tensor) -> None:
+        torch.mm(gradient, self.weight, out=out)
+
+    def add_weight_gradient(self, gradient: Any, here: slice) -> None:
+        self.weight_gradient = add_product(self.weight_gradient, gradient, self.hidden[here], torch.float32)
 
 
 class _Fp8Head:
-    """The same in FP8, of a weight whose codes are made anew for every batch."""
+    """The same in FP8, of a weight whose codes are made anew for every batch.
 
-    def __init__(self, weight: Tensor, backward: bool) -> None:
+    The weight's gradient contracts along the tokens. So that its float32 sums are not read and written for every chunk,
+    the transposed codes of many chunks are held, and multiplied at once.
+    """
+
+    def __init__(self, weight: Tensor, hidden: Tensor, backward: bool) -> None:
         self.codes, self.scale = quantize(weight.to(torch.bfloat16), "block", "ue8m0", False)
         self.transposed = transpose_operand(self.codes, self.scale, "block") if backward else None
+        self.hidden = hidden
+        self.weight_gradient: Tensor | None = None
+        self._x: Codes | None = None
+        self._held: tuple[_HeldTiles, _HeldTiles] | None = None
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, here: slice) -> Tensor:
+        hidden = self.hidden[here]
         codes, scale, _ = quantize_rows(pad_tokens(hidden), False)
+        self._x = (codes, scale)
         return scaled_mm(codes, scale, "tile", self.codes, self.scale, "block", hidden.dtype)[: len(hidden)]
 
-    def input_gradient(self, grad: Tensor, codes: Codes | None, out: Tensor) -> None:
-        assert codes is not None
+    def input_gradient(self, gradient: Any, out: Tensor) -> None:
         assert self.transposed is not None
-        out.copy_(scaled_mm(*codes, "tile", *self.transposed, "block", out.dtype)[: len(out)])
+        codes, scale = gradient
+        out.copy_(scaled_mm(codes, scale, "tile", *self.transposed, "block", out.dtype)[: len(out)])
+
+    def add_weight_gradient(self, gradient: Any, here: slice) -> None:
+        assert self._x is not None
+        vocabulary, features = self.codes.shape
+        if self._held is None:
+            left = self.hidden.shape[0] - here.start
+            left += -left % BLOCK if self.hidden.is_cuda else 0
+            room = min(left, HELD_CHUNKS * chunk_tokens(vocabulary))
+            device = self.hidden.device
+            self._held = _HeldTiles(vocabulary, room, device), _HeldTiles(features, room, device)
+        logits, x = self._held
+        logits.add(gradient)
+        x.add(self._x)
+        if logits.full:
+            product = scaled_mm(logits.codes, logits.scale, "tile", x.codes, x.scale, "tile", torch.float32)
+            self.weight_gradient = product if self.weight_gradient is None else self.weight_gradient.add_(product)
+            self._held = None
+
+
+class _HeldTiles:
+    """Room for an operand [rows, tokens] in 1x128 tiles along the tokens, filled from row codes of some tokens each."""
+
+    def __init__(self, rows: int, tokens: int, device: torch.device) -> None:
+        self.codes, self.scale = empty_operand(rows, tokens, "tile", device)
+        self._filled = 0
+
+    @property
+    def full(self) -> bool:
+        return self._filled == self.codes.shape[1]
+
+    def add(self, row_codes: Codes) -> None:
+        codes, scale = row_codes
+        start, stop = self._filled, self._filled + len(codes)
+        blocks = slice(start // BLOCK, -(-stop // BLOCK))
+        transpose_tiles_into(codes, scale, self.codes[:, start:stop], self.scale[:, blocks])
+        self._filled = stop
 
 
 def softmax_gradient_(
     logits: Tensor, labels: Tensor, ignore: int, gradient: bool, encode: bool = False
 ) -> tuple[Tensor, Codes | None]:
-    """-log softmax(logits)[label] of every row, float32 [rows], 0 where the label equals ``ignore``; and, with
-    ``encode``, row codes and scales of the gradient, of whole tiles of rows on a GPU.
+    """-log softmax(logits)[label] of every row, float32 [rows], 0 where the label equals ``ignore``, and what is asked
+    for of the gradient of their sum, softmax - onehot (0 in ignored rows), computed in float32.
 
-    With ``gradient`` the logits [rows, vocabulary] are overwritten by the gradient of the sum of that, softmax - onehot
-    (0 in ignored rows), computed in float32 and rounded to their dtype. Codes are made of the float32 numbers.
+    gradient: it overwrites the logits [rows, vocabulary], rounded to their dtype. encode: its row codes and scales come
+    back, of whole tiles of rows on a GPU.
     """
     if logits.is_cuda:
         from infir2.kernels import cross_entropy_triton
@@ -109,10 +164,11 @@ def softmax_gradient_(
     wide = logits.float()
     lse = wide.logsumexp(dim=-1, keepdim=True)
     nll = torch.where(valid, (lse - wide.gather(1, index)).squeeze(1), 0.0)
-    codes = None
+    if not (gradient or encode):
+        return nll, None
+    probs = wide.sub_(lse).exp_()
+    probs.scatter_add_(1, index, torch.full_like(lse, -1.0))
+    probs.mul_(valid[:, None])
     if gradient:
-        probs = wide.sub_(lse).exp_()
-        probs.scatter_add_(1, index, torch.full_like(lse, -1.0))
-        logits.copy_(probs.mul_(valid[:, None]))
-        codes = encode_rows(probs, False)[:2] if encode else None
-    return nll, codes
+        logits.copy_(probs)
+    return nll, encode_rows(probs, False)[:2] if encode else None

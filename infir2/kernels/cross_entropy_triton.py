@@ -1,4 +1,4 @@
-"""Triton kernel of the cross-entropy: logits to their gradient, in place, reading them twice and writing them once.
+"""Triton kernel of the cross-entropy: logits to their gradient, in place or as FP8 codes, reading them twice.
 
 The twin is ``cross_entropy.softmax_gradient_``. Imported only where CUDA logits are met. One program takes a row. The
 second pass goes backwards, so that it meets what the first one read last while that is still in the chip's cache.
@@ -34,9 +34,9 @@ def _summed(largest, total, logits, start, vocabulary, SIZE: tl.constexpr, THREA
 @triton.jit
 def _write_gradient(
     logits, codes, scale, start, lse2, label, valid, vocabulary, rows,
-    SIZE: tl.constexpr, ENCODE: tl.constexpr, WHOLE: tl.constexpr,
+    SIZE: tl.constexpr, GRADIENT: tl.constexpr, ENCODE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """softmax - onehot of SIZE logits, in place, and its row codes."""
+    """softmax - onehot of SIZE logits, in place, and as row codes."""
     tile = tl.arange(0, SIZE // 128)
     place = tile[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = start + place < vocabulary
@@ -47,10 +47,11 @@ def _write_gradient(
     gradient = tl.where(valid, tl.exp2(x * _LOG2E - lse2), 0.0)
     if valid & (label >= start) & (label < start + SIZE):
         gradient -= tl.where(place == label - start, 1.0, 0.0)
-    if WHOLE:
-        tl.store(logits + start + place, gradient)
-    else:
-        tl.store(logits + start + place, gradient, mask=inside)
+    if GRADIENT:
+        if WHOLE:
+            tl.store(logits + start + place, gradient)
+        else:
+            tl.store(logits + start + place, gradient, mask=inside)
     if ENCODE:
         encoded, scales, _ = _encode_rows(gradient)
         first = start // 128 + tile
@@ -83,16 +84,19 @@ def _softmax_gradient_kernel(
     lse = top + tl.log(tl.sum(total * tl.exp2((largest - top) * _LOG2E), axis=0))
     target = tl.load(logits + tl.where(valid, label, 0)).to(tl.float32)
     tl.store(nll_ptr + row, tl.where(valid, lse - target, 0.0))
-    if GRADIENT:
+    if GRADIENT or ENCODE:
         tl.debug_barrier()  # the target was read by every thread before anything is overwritten
         codes, scale, lse2 = codes_ptr + row * vocabulary, scale_ptr + row, lse * _LOG2E
         if whole * SIZE < vocabulary:
             _write_gradient(
-                logits, codes, scale, whole * SIZE, lse2, label, valid, vocabulary, rows, SIZE, ENCODE, False
-            )
+                logits, codes, scale, whole * SIZE, lse2, label, valid, vocabulary, rows,
+                SIZE, GRADIENT, ENCODE, False,
+            )  # fmt: skip
         for step in tl.range(whole, num_stages=STAGES):
             start = (whole - 1 - step) * SIZE
-            _write_gradient(logits, codes, scale, start, lse2, label, valid, vocabulary, rows, SIZE, ENCODE, True)
+            _write_gradient(
+                logits, codes, scale, start, lse2, label, valid, vocabulary, rows, SIZE, GRADIENT, ENCODE, True
+            )
 
 
 # Shape of the launches: logits that a program takes at a time, warps, and such parts in flight.

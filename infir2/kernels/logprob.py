@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infir2.kernels.vocabulary import add_product_, chunks
+from infir2.kernels.vocabulary import add_product, chunks
 
 
 def token_logprobs(
@@ -52,15 +52,17 @@ class _TokenLogprobs(torch.autograd.Function):
         want_hidden, want_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         head = weight.to(hidden.dtype)
         grad_hidden = torch.zeros_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=entropy.dtype) if want_weight else None
+        grad_weight: Tensor | None = None
         for here in chunks(hidden.shape[0], weight.shape[0]):
             logits = hidden[here] @ head.T
             of_logprob, of_entropy = (None if g is None else g[here] for g in (grad, grad_entropy))
             token_gradient_(logits, labels[here], ctx.temperature, lse[here], entropy[here], of_logprob, of_entropy)
             if grad_hidden is not None:
                 torch.mm(logits, head, out=grad_hidden[here])
-            if grad_weight is not None:
-                add_product_(grad_weight, logits, hidden[here])
+            if want_weight:
+                grad_weight = add_product(grad_weight, logits, hidden[here], entropy.dtype)
+        if want_weight and grad_weight is None:  # no tokens
+            grad_weight = torch.zeros_like(weight)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 

@@ -45,3 +45,16 @@ def transpose_rows(codes: Tensor, scale: Tensor, amax: Tensor, granularity: str)
     from infir2.kernels import transpose_triton
 
     return transpose_triton.transpose_rows(codes, scale, amax, granularity)
+
+
+def transpose_tiles_into(codes: Tensor, scale: Tensor, codes_t: Tensor, scale_t: Tensor) -> None:
+    """``transpose_rows`` to tiles, into codes_t [cols, rows] and scale_t [cols, rows / 128], which may be columns of a
+    wider operand; on a GPU rows is a multiple of 128."""
+    if not codes.is_cuda:
+        made, made_scale = reference.transpose_rows(codes, scale, scale, "tile")
+        codes_t.copy_(made)
+        scale_t.copy_(made_scale)
+        return
+    from infir2.kernels import transpose_triton
+
+    transpose_triton.transpose_tiles_into(codes, scale, codes_t, scale_t)

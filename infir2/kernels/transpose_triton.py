@@ -112,6 +112,17 @@ def transpose_rows(codes: Tensor, scale: Tensor, amax: Tensor, granularity: str)
     return _written(words, codes_t), scale_t
 
 
+def transpose_tiles_into(codes: Tensor, scale: Tensor, codes_t: Tensor, scale_t: Tensor) -> None:
+    """See ``transpose.transpose_tiles_into``."""
+    rows, cols = codes.shape
+    if rows % BLOCK:
+        raise ValueError(f"{rows} rows are not whole blocks of {BLOCK}")
+    words = codes_t.view(torch.int32)
+    _transpose_kernel[_grid(rows, cols)](
+        codes, scale, scale, words, scale_t, rows, cols, words.stride(0), CHANNEL=False, num_warps=4
+    )
+
+
 def transpose_codes(codes: Tensor) -> Tensor:
     """codes.T, contiguous, of a contiguous matrix of one-byte elements."""
     rows, cols = codes.shape

@@ -12,19 +12,29 @@ from infir2.kernels.reference import BLOCK
 
 CHUNK_LOGITS = 1 << 28
 """Logits held at a time: 512 MiB in bfloat16."""
+HELD_CHUNKS = 10
+"""Chunks of which an FP8 head holds transposed codes at a time: 2.5 GiB."""
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """How many tokens have no more logits than that: whole tiles of 128 FP8 rows where they are that many."""
+    size = CHUNK_LOGITS // vocabulary
+    return max(size - size % BLOCK, min(size, BLOCK), 1)
 
 
 def chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
-    """Slices of the tokens, whole tiles of 128 where they are that many, with no more logits than that."""
-    size = CHUNK_LOGITS // vocabulary
-    size = max(size - size % BLOCK, min(size, BLOCK), 1)  # whole tiles of FP8 rows
+    """Slices of so many tokens."""
+    size = chunk_tokens(vocabulary)
     for start in range(0, tokens, size):
-        yield slice(start, start + size)
+        yield slice(start, min(start + size, tokens))
 
 
-def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left.T @ right in float32; on a GPU inside the GEMM, without rounding the product to bfloat16."""
-    if total.is_cuda and left.dtype != total.dtype:
-        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
-    else:
-        total += left.T @ right
+def add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + left.T @ right in ``dtype``, in the memory of total, where that is not None; on a GPU inside the GEMM,
+    without rounding the product to that of the operands."""
+    if not (left.is_cuda and left.dtype != dtype):
+        product = (left.T @ right).to(dtype)
+        return product if total is None else total.add_(product)
+    if total is None:
+        return torch.mm(left.T, right, out_dtype=dtype)
+    return torch.addmm(total, left.T, right, out_dtype=dtype, out=total)

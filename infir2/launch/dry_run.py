@@ -6,7 +6,7 @@ import torch
 
 from infir2.config import TrainingConfig, TrainSection, to_toml
 from infir2.fp8.linear import Fp8Linear
-from infir2.kernels.vocabulary import CHUNK_LOGITS
+from infir2.kernels.vocabulary import CHUNK_LOGITS, HELD_CHUNKS
 from infir2.launch.kept_activations import kept_by_layers
 from infir2.launch.training import convert_as
 from infir2.model.config import ModelConfig
@@ -106,9 +106,11 @@ def _passing(config: TrainingConfig, model: CausalLM, tokens: int) -> dict[str, 
     }[policy]  # fmt: skip
     # In the backward pass of an MLP: the gradients of its inner activations, and the operands of its GEMMs.
     working = 8 * tokens * shape.intermediate_size + (0 if policy == "none" else max(kept))
-    # The head's weight in the compute dtype, or its FP8 codes and their transpose; its float32 gradient; some logits.
+    # The head's weight in the compute dtype, or its FP8 codes and their transpose; its float32 gradient; some logits,
+    # and FP8 codes of more.
     weight = 2 if config.fp8.head else width
-    head = (weight + 4) * shape.vocab_size * shape.hidden_size + (width + config.fp8.head) * CHUNK_LOGITS
+    held = CHUNK_LOGITS + min(tokens * shape.vocab_size, HELD_CHUNKS * CHUNK_LOGITS) if config.fp8.head else 0
+    head = (weight + 4) * shape.vocab_size * shape.hidden_size + width * CHUNK_LOGITS + held
     return {
         "activations": float(activations),
         _BACKWARD: float(working),

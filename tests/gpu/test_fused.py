@@ -9,13 +9,14 @@ from torch import Tensor
 
 from infir2.fp8.convert import convert, refresh_weights
 from infir2.fp8.recipe import recipe_named
-from infir2.kernels import reference
+from infir2.kernels import cross_entropy, reference, vocabulary
 from infir2.kernels.cross_entropy import softmax_gradient_
 from infir2.kernels.logprob import token_gradient_, token_statistics
 from infir2.kernels.norm import fork, norm_gradients, norm_quantize, rms_norm
+from infir2.kernels.operand import empty_operand
 from infir2.kernels.rows import encode_rows, quantize_rows
 from infir2.kernels.swiglu import swiglu_backward_quantize, swiglu_quantize
-from infir2.kernels.transpose import transpose_codes, transpose_rows
+from infir2.kernels.transpose import transpose_codes, transpose_rows, transpose_tiles_into
 from infir2.kernels.turned_heads import turned_heads, turned_heads_gradient
 from infir2.model.attention import causal_attention
 from infir2.model.presets import preset
@@ -203,6 +204,40 @@ def test_softmax_gradient(vocabulary: int, dtype: torch.dtype) -> None:
     assert torch.allclose(nll.cpu(), expected, rtol=1e-5, atol=1e-5)
     assert torch.allclose(ours.cpu().float(), theirs.float(), rtol=1e-2, atol=1e-6)
     assert ours[5].eq(0).all()
+    kept = logits.cuda()
+    nll, again = softmax_gradient_(kept, labels.cuda(), -100, gradient=False, encode=True)
+    assert torch.equal(kept.cpu(), logits)
+    assert torch.equal(again[0].view(torch.uint8), codes[0].view(torch.uint8))
+    assert torch.equal(again[1], codes[1])
+
+
+def test_tiles_transposed_into_columns_of_a_wider_operand() -> None:
+    parts = [quantize_rows(torch.randn(rows, 384, device="cuda"), False) for rows in (256, 128)]
+    codes_t, scale_t = empty_operand(384, 384, "tile", torch.device("cuda"))
+    for (codes, scale, _), start in zip(parts, (0, 256)):
+        columns, blocks = slice(start, start + len(codes)), slice(start // 128, (start + len(codes)) // 128)
+        transpose_tiles_into(codes, scale, codes_t[:, columns], scale_t[:, blocks])
+        expected = transpose_rows(codes, scale, codes.new_empty(8, 0, dtype=torch.float32), "tile")
+        assert torch.equal(codes_t[:, columns].view(torch.uint8), expected[0].view(torch.uint8))
+        assert torch.equal(scale_t[:, blocks], expected[1])
+
+
+def test_an_fp8_head_is_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of 256 tokens, two of them held; the last one is filled up to whole tiles."""
+    monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", 256 * 1024)
+    monkeypatch.setattr(cross_entropy, "HELD_CHUNKS", 2)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1000, 256).bfloat16(), torch.randn(1024, 256) * 0.1
+    labels = torch.randint(0, 1024, (1000,))
+    labels[3] = -100
+    results = []
+    for device in ("cuda", "cpu"):
+        x, w = hidden.to(device).requires_grad_(), weight.to(device).requires_grad_()
+        loss = cross_entropy.cross_entropy_sum(x, w, labels.to(device), fp8=True)
+        loss.backward()
+        results.append([t.detach().cpu().double() for t in (loss, x.grad, w.grad)])
+    for ours, expected in zip(*results):
+        assert ((ours - expected).norm() / expected.norm()).item() < 5e-3
 
 
 @pytest.mark.parametrize("given", ["both", "logprob", "entropy"])

@@ -134,18 +134,42 @@ def test_an_fp8_head_changes_the_loss_by_the_rounding_of_its_operands() -> None:
 
 def test_an_fp8_head_multiplies_the_codes_that_the_quantiser_gives() -> None:
     torch.manual_seed(0)
-    hidden, weight = torch.randn(128, 256).bfloat16().requires_grad_(), torch.randn(512, 256)
-    labels = torch.randint(0, 512, (128,))
+    hidden, weight = torch.randn(200, 256).bfloat16().requires_grad_(), torch.randn(512, 256).requires_grad_()
+    labels = torch.randint(0, 512, (200,))
     loss = cross_entropy.cross_entropy_sum(hidden, weight, labels, fp8=True)
     loss.backward()
 
     def exact(x: Tensor, granularity: str) -> Tensor:
         return fp8_reference.dequantize(*fp8_reference.quantize(x, granularity, "ue8m0"), granularity)
 
-    head = exact(weight.bfloat16(), "block")
+    head = exact(weight.detach().bfloat16(), "block")
     logits = (exact(hidden.detach(), "tile") @ head.T).bfloat16()
     expected = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     gradient = torch.softmax(logits.float(), -1) - torch.nn.functional.one_hot(labels, 512)
     wanted = exact(gradient, "tile") @ head
     assert ((hidden.grad - wanted).norm() / wanted.norm()).item() < 3e-3
+    # Along the tokens the same codes are moved to other scales: exactly, but for what becomes subnormal there.
+    left, right = exact(exact(gradient, "tile").T, "tile"), exact(exact(hidden.detach(), "tile").T, "tile")
+    wanted = left @ right.T
+    assert ((weight.grad - wanted).norm() / wanted.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [128, 500, 1024, 1100])
+def test_an_fp8_head_holds_codes_of_some_chunks_at_a_time(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 128 tokens, three of them held: the gradients are those of one chunk, but for the order of sums."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(tokens, 128).bfloat16().requires_grad_(), torch.randn(256, 128).requires_grad_()
+    labels = torch.randint(0, 256, (tokens,))
+    results = []
+    for logits in (1 << 28, 128 * 256):
+        monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", logits)
+        monkeypatch.setattr(cross_entropy, "HELD_CHUNKS", 3)
+        hidden.grad = weight.grad = None
+        loss = cross_entropy.cross_entropy_sum(hidden, weight, labels, fp8=True)
+        loss.backward()
+        results.append((loss.item(), hidden.grad.clone(), weight.grad.clone()))
+    (loss, *whole), (other, *pieces) = results
+    assert other == pytest.approx(loss, rel=1e-6)
+    assert torch.equal(whole[0], pieces[0])
+    assert torch.allclose(whole[1], pieces[1], rtol=1e-4, atol=1e-4)
