@@ -74,7 +74,8 @@ def test_options_that_cost_or_save_memory() -> None:
     assert "output head (FP8)" in head.passing
     layers, vocabulary, h = 28, 151_936, 1536
     held = 16384 * vocabulary  # transposed codes of the logits' gradient
-    assert head.passing["output head (FP8)"] == (2 + 4) * vocabulary * h + 3 * 2**28 + held  # codes, transposed; gradient
+    codes_and_gradient = (2 + 4) * vocabulary * h
+    assert head.passing["output head (FP8)"] == codes_and_gradient + 3 * 2**28 + held
     full = estimate("qwen2.5-1.5b", 16384, train__activation_checkpointing="full")
     assert full.passing["activations"] == layers * 16384 * h * 2
     wide = estimate("qwen2.5-1.5b", 16384, fp8__mlp_activations="bf16")
