@@ -1,0 +1,134 @@
+"""The pre-training recipe under torchrun on some numbers of GPUs: speed, memory, the same losses, and another number of
+GPUs after a SIGKILL.
+
+    python bench/scaling.py WORK_FOLDER RESULT.json --gpus 1 4
+    python bench/scaling.py WORK_FOLDER RESULT.json --gpus 1 2 --check      # a tiny model in processes on a CPU
+
+recipes/cpt_1.5b.toml with random weights of Qwen2.5-1.5B's shape, 8,192 tokens a sequence, Python's own library as text.
+For every precision and number of GPUs a few steps of the same global batch; then the first precision is killed on the
+largest number of GPUs after a checkpoint, and goes on with the smallest.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+from infir2.launch.environment import environment
+from infir2.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+WARM_UP = 3  # steps that compile, or find memory for the first time
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, metavar="WORK_FOLDER")
+    parser.add_argument("result", type=Path, metavar="RESULT.json")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 4], help="how many, in turn (1 4)")
+    parser.add_argument("--precisions", nargs="+", default=["hybrid", "bf16"], help="FP8 recipes (hybrid bf16)")
+    parser.add_argument("--sequences", type=int, default=16, help="of a global batch (%(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="of each run (%(default)s)")
+    parser.add_argument("--check", action="store_true", help="a tiny model, to see that everything runs")
+    options = parser.parse_args()
+    result: dict[str, Any] = {**environment(), "settings": {"sequences": options.sequences, "steps": options.steps}}
+    prepare(options)
+    result["runs"] = [
+        {"precision": precision, "gpus": gpus, **figures(options, run_to_the_end(options, precision, gpus))}
+        for precision in options.precisions
+        for gpus in options.gpus
+    ]
+    result["killed"] = killed_and_resumed(options, options.precisions[0], max(options.gpus), min(options.gpus))
+    options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+def prepare(options: argparse.Namespace) -> None:
+    words = ["--extensions", ".py", "--exclude", "site-packages", "--vocab-size", "4096", "--max-bytes", "16000000"]
+    out = ["--out", str(options.work / "data")]
+    infir2 = [sys.executable, "-m", "infir2"]
+    subprocess.run([*infir2, "prepare", sysconfig.get_path("stdlib"), *out, *words], check=True)
+
+
+def command(options: argparse.Namespace, run: Path, precision: str, gpus: int, save_every: int) -> list[str]:
+    preset, vocabulary, length = ("micro", 4096, 128) if options.check else ("qwen2.5-1.5b", 151_936, 8192)
+    overrides = {
+        "run": run,
+        "model": f'{{ preset = "{preset}", vocab_size = {vocabulary} }}',
+        "fp8.recipe": precision,
+        "fp8.health_every": 0,
+        "data.seq_len": length,
+        "data.sources": f'{{ "{options.work / "data"}" = 1.0 }}',
+        "optim.warmup_steps": 2,
+        "optim.decay_steps": 0,
+        "train.steps": options.steps,
+        "train.global_batch": options.sequences,
+        "train.micro_batch": 2,
+        "train.eval_every": 0,
+        "train.save_every": save_every,
+        "train.keep_every": 0,
+        "train.keep_checkpoints": 1,
+        "train.compile": str(not options.check).lower(),
+    }
+    words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), "-m", "--"]
+    return [sys.executable, *torchrun, "infir2", "cpt", str(ROOT / "recipes/cpt_1.5b.toml"), *words]
+
+
+def run_to_the_end(options: argparse.Namespace, precision: str, gpus: int) -> Path:
+    run = options.work / f"{precision}-{gpus}"
+    print(f"{precision} on {gpus}", flush=True)
+    subprocess.run(command(options, run, precision, gpus, 0), check=True)
+    return run
+
+
+def figures(options: argparse.Namespace, run: Path) -> dict[str, Any]:
+    lines = train_lines(run)
+    seconds = statistics.median(line["step_time_s"] for line in lines[WARM_UP:])
+    return {
+        "step_time_s": round(seconds, 4),
+        "tokens/s": round(lines[-1]["valid_tokens"] / seconds),
+        "peak_memory_gb of rank 0": max(line.get("peak_memory_gb", 0.0) for line in lines),
+        "losses": [line["loss"] for line in lines],
+    }
+
+
+def killed_and_resumed(options: argparse.Namespace, precision: str, gpus: int, gpus_after: int) -> dict[str, Any]:
+    """The losses of a run that lost its first processes, beside those of the run that was left alone."""
+    run, half = options.work / "killed", options.steps // 2
+    print(f"{precision} on {gpus}, to be killed", flush=True)
+    process = subprocess.Popen(command(options, run, precision, gpus, half), start_new_session=True)
+    while process.poll() is None:
+        if (run / f"checkpoints/step-{half:06d}").exists() and len(train_lines(run)) > half:
+            os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(0.02)
+    before = [line["step"] for line in train_lines(run)]
+    print(f"{precision} on {gpus_after}, after the kill", flush=True)
+    subprocess.run(command(options, run, precision, gpus_after, half), check=True)
+    losses = [line["loss"] for line in train_lines(run)]
+    alone = [line["loss"] for line in train_lines(options.work / f"{precision}-{gpus}")]
+    return {
+        "gpus": [gpus, gpus_after],
+        "exit status": process.returncode,
+        "last step before": max(before),
+        "losses": losses,
+        "largest relative difference": max(abs(a / b - 1) for a, b in zip(losses, alone, strict=True)),
+    }
+
+
+def train_lines(run: Path) -> list[dict[str, Any]]:
+    """Of a step that was done twice, the last."""
+    path = run / "metrics.jsonl"
+    lines = [line for line in read_metrics(path) if line["kind"] == "train"] if path.exists() else []
+    return list({line["step"]: line for line in lines}.values())
+
+
+if __name__ == "__main__":
+    main()
