@@ -4,9 +4,9 @@ GPUs after a SIGKILL.
     python bench/scaling.py WORK_FOLDER RESULT.json --gpus 1 4
     python bench/scaling.py WORK_FOLDER RESULT.json --gpus 1 2 --check      # a tiny model in processes on a CPU
 
-recipes/cpt_1.5b.toml with random weights of Qwen2.5-1.5B's shape, 8,192 tokens a sequence, Python's own library as text.
-For every precision and number of GPUs a few steps of the same global batch; then the first precision is killed on the
-largest number of GPUs after a checkpoint, and goes on with the smallest.
+recipes/cpt_1.5b.toml with random weights of Qwen2.5-1.5B's shape, 8,192 tokens a sequence, Python's own library as
+text. For every precision and number of GPUs a few steps of the same global batch; then the first precision is killed on
+the largest number of GPUs after a checkpoint, every process of it, and goes on with --after as many.
 """
 
 import argparse
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, metavar="WORK_FOLDER")
     parser.add_argument("result", type=Path, metavar="RESULT.json")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 4], help="how many, in turn (1 4)")
+    parser.add_argument("--after", type=int, help="GPUs after the kill (the least of --gpus)")
     parser.add_argument("--precisions", nargs="+", default=["hybrid", "bf16"], help="FP8 recipes (hybrid bf16)")
     parser.add_argument("--sequences", type=int, default=16, help="of a global batch (%(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="of each run (%(default)s)")
@@ -45,7 +46,7 @@ def main() -> None:
         for precision in options.precisions
         for gpus in options.gpus
     ]
-    result["killed"] = killed_and_resumed(options, options.precisions[0], max(options.gpus), min(options.gpus))
+    result["killed"] = killed_and_resumed(options, options.precisions[0], max(options.gpus))
     options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
 
@@ -100,27 +101,38 @@ def figures(options: argparse.Namespace, run: Path) -> dict[str, Any]:
     }
 
 
-def killed_and_resumed(options: argparse.Namespace, precision: str, gpus: int, gpus_after: int) -> dict[str, Any]:
+def killed_and_resumed(options: argparse.Namespace, precision: str, gpus: int) -> dict[str, Any]:
     """The losses of a run that lost its first processes, beside those of the run that was left alone."""
-    run, half = options.work / "killed", options.steps // 2
+    run, half, after = options.work / "killed", options.steps // 2, options.after or min(options.gpus)
     print(f"{precision} on {gpus}, to be killed", flush=True)
-    process = subprocess.Popen(command(options, run, precision, gpus, half), start_new_session=True)
+    process = subprocess.Popen(command(options, run, precision, gpus, half))
     while process.poll() is None:
         if (run / f"checkpoints/step-{half:06d}").exists() and len(train_lines(run)) > half:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_all(str(run))
         time.sleep(0.02)
     before = [line["step"] for line in train_lines(run)]
-    print(f"{precision} on {gpus_after}, after the kill", flush=True)
-    subprocess.run(command(options, run, precision, gpus_after, half), check=True)
+    print(f"{precision} on {after}, after the kill", flush=True)
+    subprocess.run(command(options, run, precision, after, half), check=True)
     losses = [line["loss"] for line in train_lines(run)]
     alone = [line["loss"] for line in train_lines(options.work / f"{precision}-{gpus}")]
     return {
-        "gpus": [gpus, gpus_after],
+        "gpus": [gpus, after],
         "exit status": process.returncode,
         "last step before": max(before),
         "losses": losses,
         "largest relative difference": max(abs(a / b - 1) for a, b in zip(losses, alone, strict=True)),
     }
+
+
+def kill_all(word: str) -> None:
+    """SIGKILL to torchrun and its ranks, which have sessions of their own: all that were given the run's folder."""
+    for arguments in Path("/proc").glob("[0-9]*/cmdline"):
+        pid = int(arguments.parent.name)
+        try:
+            if pid != os.getpid() and word.encode() in arguments.read_bytes().split(b"\0"):
+                os.kill(pid, signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # it has ended meanwhile
 
 
 def train_lines(run: Path) -> list[dict[str, Any]]:

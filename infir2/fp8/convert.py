@@ -69,11 +69,17 @@ def keep_outer_layers(num_layers: int, first: int, last: int) -> dict[str, str]:
 
 def refresh_weights(model: nn.Module) -> None:
     """Quantise every FP8 layer's weight anew: call it when weights have changed (an optimiser step, a load)."""
-    layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
-    for layer in layers:
-        layer.stale = True
-    for layer in layers:  # all are marked before: layers of one group are quantised together
-        layer.refresh_if_whole()
+    for module in model.modules():
+        if isinstance(module, Fp8Linear):
+            module.stale = True
+    refresh_stale(model)  # all are marked before: layers of one group are quantised together
+
+
+def refresh_stale(module: nn.Module) -> None:
+    """Quantise weights that have changed, as far as they are whole: those of shards when they have been gathered."""
+    for layer in module.modules():
+        if isinstance(layer, Fp8Linear):
+            layer.refresh_if_whole()
 
 
 def _reason_to_keep(name: str, linear: nn.Linear, recipe: Recipe | None, keep: dict[str, str]) -> str | None:

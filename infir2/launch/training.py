@@ -16,7 +16,7 @@ from infir2.checkpoint.store import CheckpointStore, peek_meta, read_meta
 from infir2.config import Fp8Section, TrainingConfig, TrainSection
 from infir2.data.tokenizer import has_tokenizer
 from infir2.errors import CheckpointError, ConfigError
-from infir2.fp8.convert import SwapReport, convert, keep_outer_layers, refresh_weights
+from infir2.fp8.convert import SwapReport, convert, keep_outer_layers, refresh_stale, refresh_weights
 from infir2.fp8.recipe import recipe_named
 from infir2.kernels.matmul import unsupported_reason
 from infir2.launch.held_folder import writing
@@ -145,6 +145,7 @@ def build_model(config: TrainingConfig, architecture: ModelConfig, world: World)
         activation_checkpointing=config.train.activation_checkpointing,
         compile_layers=config.train.compile,
         reshard_after_forward=config.parallel.reshard_after_forward,
+        when_gathered=refresh_stale,
     )
     model.to_empty(device=world.device)
     if config.model.path is not None:

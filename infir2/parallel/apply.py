@@ -1,5 +1,6 @@
 """Spread a single-device model over the world, from outside and in one order: compile, checkpointing, FSDP2."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -23,6 +24,7 @@ def parallelize(
     activation_checkpointing: Checkpointing = "none",
     compile_layers: bool = False,
     reshard_after_forward: bool = True,
+    when_gathered: Callable[[nn.Module], object] | None = None,
 ) -> None:
     """Apply compilation and activation checkpointing to every decoder layer, then shard (in place).
 
@@ -34,6 +36,9 @@ def parallelize(
     and sums gradients in float32 without dividing: the loss is already normalised by the global token count. Gathered
     in float32 a layer computes what it computes in a single process; in bfloat16, which moves half the bytes, every
     process also rounds its part of the gradient to bfloat16.
+
+    when_gathered: called with a sharded layer before its forward pass, when its parameters are whole, outside of what
+    is compiled.
     """
     if compile_layers:
         # One process may compile many variants of a layer: recipes, shapes, training and evaluation, several runs.
@@ -55,12 +60,18 @@ def parallelize(
     policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        if when_gathered is not None:
+            layer.register_forward_pre_hook(partial(_call, when_gathered))  # after FSDP2's own hook, which gathers
     fully_shard(model, mesh=world.mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             # A plain sum: else FSDP2 asks for a premultiplied one, which gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _call(function: Callable[[nn.Module], object], layer: nn.Module, inputs: object) -> None:
+    function(layer)
 
 
 def set_gradient_sync(model: nn.Module, sync: bool) -> None:

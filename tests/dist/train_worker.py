@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from infir2.config import CptConfig, load
 from infir2.fp8.linear import Fp8Linear
 from infir2.fp8.tensor import Operand
-from infir2.parallel.runtime import world
 from infir2.launch import training
+from infir2.parallel.runtime import world
 from infir2.stages.cpt import train_cpt
 from infir2.train import loop
 
