@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_run import ARCHITECTURE
+from small_run import ARCHITECTURE, write_toml
 
+from infir2 import cli
 from infir2.checkpoint.huggingface import write_folder
 from infir2.config import OptimSection
 from infir2.data.chat import ChatTokenizer, choose_template
@@ -79,11 +80,8 @@ def write_rl_recipe(path: Path, run: Path, policy: Path, prompts: Path, **overri
         "train": {"steps": 4, "global_batch": 32, "eval_every": 2, "eval_sequences": 8, "save_every": 2},
         "log": {"tensorboard": False},
     }
-    for name, value in overrides.items():
-        section, key = name.split(".")
-        table.setdefault(section, {})[key] = value
-    lines = [f"run = {json.dumps(str(run))}"]
-    for section, values in table.items():
-        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return write_toml(path, run, table, overrides)
+
+
+def rl(path: Path, *words: str) -> int:
+    return cli.main(["rl", str(path), *words])

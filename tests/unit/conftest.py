@@ -1,10 +1,12 @@
-"""Fixtures that several files of unit tests share: a sandbox with a file to hide from it."""
+"""Fixtures that several files of unit tests share: a sandbox with a file to hide from it, recipes of `infir2 rl`."""
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import small_rl
 
 from infir2.reward.sandbox import Limits, Sandbox, SandboxError
 
@@ -33,3 +35,20 @@ def canary(tmp_path: Path) -> Iterator[Path]:
     yield file
     for folder, mode in before.items():
         folder.chmod(mode)
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_rl.write_policy(tmp_path_factory.mktemp("policy") / "hf")
+
+
+@pytest.fixture
+def rl_recipe(tmp_path: Path, policy: Path) -> Callable[..., tuple[Path, Path]]:
+    """``rl_recipe("name", **{"train.steps": 5})`` -> (recipe file, run folder)."""
+    prompts = small_rl.write_prompts(tmp_path / "prompts.jsonl")
+
+    def write(name: str = "run", **overrides: Any) -> tuple[Path, Path]:
+        run = tmp_path / name
+        return small_rl.write_rl_recipe(tmp_path / f"{name}.toml", run, policy, prompts, **overrides), run
+
+    return write
