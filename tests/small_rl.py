@@ -20,6 +20,7 @@ from infir2.model.attention import document_attention
 from infir2.model.config import ModelConfig
 from infir2.model.transformer import CausalLM
 from infir2.parallel.runtime import World
+from infir2.rl.batch import TrainingSample
 from infir2.train.optimizer import build_optimizer
 from infir2.train.step import train_step
 
@@ -85,3 +86,17 @@ def write_rl_recipe(path: Path, run: Path, policy: Path, prompts: Path, **overri
 
 def rl(path: Path, *words: str) -> int:
     return cli.main(["rl", str(path), *words])
+
+
+def toy_samples(seed: int = 0) -> list[TrainingSample]:
+    """Of a vocabulary of 11, with random log-probabilities and advantages."""
+    dice = random.Random(seed)
+    return [
+        TrainingSample(
+            tuple(dice.choices(range(11), k=dice.randint(1, 4))),
+            tuple(dice.choices(range(11), k=(length := dice.randint(1, 9)))),
+            tuple(-dice.random() * 3 for _ in range(length)),
+            dice.gauss(0, 1),
+        )
+        for _ in range(9)
+    ]
