@@ -38,10 +38,19 @@ def test_nothing_trained_on_is_zero_loss_and_zero_gradient() -> None:
     assert not weight.grad.any()
 
 
-def test_no_gradient_work_without_gradients() -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_no_gradient_work_without_gradients(fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an evaluation: the weight is one that is trained, but nothing is recorded."""
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(5, 8), torch.randn(16, 8, requires_grad=True), torch.arange(5)
+    expected = cross_entropy.cross_entropy_sum(hidden, weight, labels, fp8=fp8)
+    for head in (cross_entropy._Head, cross_entropy._Fp8Head):
+        for work in ("input_gradient", "add_weight_gradient"):
+            monkeypatch.setattr(head, work, lambda *_: pytest.fail("a gradient that nobody asked for"))
     with torch.no_grad():
-        loss = cross_entropy.cross_entropy_sum(torch.randn(5, 8), torch.randn(16, 8), torch.arange(5))
-    assert loss.isfinite()
+        loss = cross_entropy.cross_entropy_sum(hidden, weight, labels, fp8=fp8)
+    assert torch.equal(loss, expected)
+    assert not loss.requires_grad
 
 
 def reference(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
