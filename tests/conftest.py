@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import small_run
 
+# A failed assert in these says what it compared, as one in a test does.
+pytest.register_assert_rewrite("small_cpt", "small_engine", "small_report", "tensors")
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -42,6 +42,3 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         return true(self, n, offset)
 
     monkeypatch.setattr(TokenLoader, "step", dying)
-
-
-# A run and its folder

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_run import ARCHITECTURE
+from small_run import ARCHITECTURE, write_toml
 
+from infir2 import cli
 from infir2.checkpoint.huggingface import write_folder
 from infir2.config import OptimSection
 from infir2.data.chat import ChatTokenizer, choose_template
@@ -19,6 +20,7 @@ from infir2.model.attention import document_attention
 from infir2.model.config import ModelConfig
 from infir2.model.transformer import CausalLM
 from infir2.parallel.runtime import World
+from infir2.rl.batch import TrainingSample
 from infir2.train.optimizer import build_optimizer
 from infir2.train.step import train_step
 
@@ -79,11 +81,22 @@ def write_rl_recipe(path: Path, run: Path, policy: Path, prompts: Path, **overri
         "train": {"steps": 4, "global_batch": 32, "eval_every": 2, "eval_sequences": 8, "save_every": 2},
         "log": {"tensorboard": False},
     }
-    for name, value in overrides.items():
-        section, key = name.split(".")
-        table.setdefault(section, {})[key] = value
-    lines = [f"run = {json.dumps(str(run))}"]
-    for section, values in table.items():
-        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return write_toml(path, run, table, overrides)
+
+
+def rl(path: Path, *words: str) -> int:
+    return cli.main(["rl", str(path), *words])
+
+
+def toy_samples(seed: int = 0) -> list[TrainingSample]:
+    """Of a vocabulary of 11, with random log-probabilities and advantages."""
+    dice = random.Random(seed)
+    return [
+        TrainingSample(
+            tuple(dice.choices(range(11), k=dice.randint(1, 4))),
+            tuple(dice.choices(range(11), k=(length := dice.randint(1, 9)))),
+            tuple(-dice.random() * 3 for _ in range(length)),
+            dice.gauss(0, 1),
+        )
+        for _ in range(9)
+    ]

@@ -66,13 +66,18 @@ def write_recipe(path: Path, run: Path, corpus: Path, model: Path, **overrides: 
         "log": {"tensorboard": False},
     }
     table["train"]["save_every"] = 4
+    return write_toml(path, run, table, overrides)
+
+
+def write_toml(path: Path, run: Path, table: dict[str, Any], overrides: dict[str, Any]) -> Path:
+    """A recipe file of sections; overrides are dotted keys, and None takes a key out."""
     for name, value in overrides.items():
         section, key = name.split(".")
         table.setdefault(section, {})[key] = value
     lines = [f"run = {json.dumps(str(run))}"]
     for section, values in table.items():
         lines.append(f"[{section}]")
-        lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
+        lines += [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

@@ -75,13 +75,6 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     return state
 
 
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-# Accumulation and clipping
-
-
 def nan_activation(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(module: nn.Module, args: Any, out: Tensor) -> Tensor:
         out = out.clone()

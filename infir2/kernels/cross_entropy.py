@@ -30,6 +30,8 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, ignore: in
     fp8: all three GEMMs run in FP8, of hidden and the logits' gradient in 1x128 tiles (along the vocabulary for the
     gradient of hidden, along the tokens for the weight's) and the weight in 128x128 blocks.
     """
+    if not torch.is_grad_enabled():  # of which a Function is not told: a weight that is trained still asks for its own
+        hidden, weight = hidden.detach(), weight.detach()
     return _CrossEntropySum.apply(hidden, weight, labels, ignore, fp8)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from tensors import relative_error
 from torch import Tensor
 
 from infir2.fp8.tensor import Operand
@@ -89,10 +90,6 @@ def small_matmul(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
 
     assert torch.cuda.get_device_capability() == (9, 0), "TMA and FP8 tensor cores: needs Hopper"
     return small_matmul_triton.scaled_mm(a.codes, a.scale, b.codes, b.scale, dtype)
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    return ((got.double() - expected).norm() / expected.norm()).item()
 
 
 @ROWS

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tensors import relative_error
 from torch import Tensor, nn
 
 from infir2.fp8.linear import Fp8Linear
@@ -67,10 +68,6 @@ def test_triton_equals_reference_on_a_million_blocks(scale_format: str) -> None:
         x *= torch.exp2(torch.randint(-30, 30, (100_000, 1), generator=generator).float())
         got = quantize(x.cuda(), "tile", scale_format)
         assert_same_operand(got, reference.quantize(x, "tile", scale_format), scale_format)
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    return ((got.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])

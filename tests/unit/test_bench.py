@@ -45,6 +45,7 @@ def test_kernels(tmp_path: Path, what: str) -> None:
 
 def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "decode", "--precisions", "hybrid/fp16"]) == 2
+    assert "argument --precisions: invalid choice: 'hybrid/fp16'" in capsys.readouterr().err
     assert main(["bench", "decode", "--precisions", "hybrid/bf16", *SMALL]) == 2
     assert "give hybrid" in capsys.readouterr().err
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from small_cpt import cpt, error_of, interrupt_at
 from small_run import loss_bits, metrics_lines
-from small_training import batches, build, same, snapshot, step
+from small_training import batches, build, snapshot, step
+from tensors import same
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 

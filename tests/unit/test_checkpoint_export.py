@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_run import ARCHITECTURE, write_model
+from tensors import tensors_in
 from torch import Tensor
 
 from infir2.checkpoint.export_fp8 import plan_export
 from infir2.checkpoint.fp8_format import Fp8Folder, dequantize_weight, quantize_weight
-from infir2.checkpoint.huggingface import HfFolder
 from infir2.cli import main
 from infir2.errors import CheckpointError, ConfigError
 from infir2.fp8.linear import Fp8Linear
@@ -23,11 +23,6 @@ from infir2.stages.convert import Options, convert_model
 
 def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    source = HfFolder(folder)
-    return {name: source.tensor(name) for name in source.names}
 
 
 def edit(folder: Path, **changes: Tensor | None) -> None:
@@ -67,7 +62,7 @@ def test_the_exported_codes_are_those_of_the_trained_layers(
     assert main(["cpt", str(path)]) == 0
     convert_model(str(run), tmp_path / "fp8", "fp8")
     model, report = built[0]
-    stored = weights(tmp_path / "fp8")
+    stored = tensors_in(tmp_path / "fp8")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Fp8Linear)}
     assert len(layers) == 7
     for name, module in layers.items():
@@ -147,10 +142,10 @@ def test_folders_go_round(tmp_path: Path) -> None:
     convert_model(str(tmp_path / "fp8"), tmp_path / "bf16")
     convert_model(str(tmp_path / "bf16"), tmp_path / "fp8-2", "fp8", Options(scale_dtype="e8m0"))
     convert_model(str(tmp_path / "fp8-2"), tmp_path / "bf16-2")
-    first, last = weights(tmp_path / "bf16"), weights(tmp_path / "bf16-2")
-    assert first.keys() == last.keys() == weights(source).keys()
+    first, last = tensors_in(tmp_path / "bf16"), tensors_in(tmp_path / "bf16-2")
+    assert first.keys() == last.keys() == tensors_in(source).keys()
     assert all(torch.equal(bits(first[name]), bits(last[name])) for name in first)
-    codes, again = weights(tmp_path / "fp8"), weights(tmp_path / "fp8-2")
+    codes, again = tensors_in(tmp_path / "fp8"), tensors_in(tmp_path / "fp8-2")
     layers = [name for name in codes if name.endswith("proj.weight")]
     respelled = [name for name in layers if not torch.equal(bits(codes[name]), bits(again[name]))]
     assert respelled == ["model.layers.0.mlp.up_proj.weight"]
@@ -178,11 +173,11 @@ def test_what_is_written(tmp_path: Path) -> None:
             "modules_to_not_convert": ["lm_head"],
         }
         assert config["dtype"] == config["torch_dtype"] == "bfloat16"
-        stored = weights(out)
+        stored = tensors_in(out)
         assert "lm_head.weight" not in stored
         assert len(stored) == 26 + 14
         up = "model.layers.1.mlp.up_proj.weight"
-        expected = Operand.quantize(weights(source)[up].bfloat16(), "block", scale_format)
+        expected = Operand.quantize(tensors_in(source)[up].bfloat16(), "block", scale_format)
         assert torch.equal(bits(stored[up]), bits(expected.codes))
         scale = stored[f"{up}_scale_inv"]
         assert (scale.dtype, scale.shape) == (dtype, (2, 1))

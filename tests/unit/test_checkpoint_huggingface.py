@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensors import assert_same_tensors
 from torch import Tensor, nn
 
 from infir2.checkpoint.huggingface import HfFolder, full_parameters, load_into, read_config, write_folder
@@ -44,13 +45,6 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in model.named_parameters()}
 
 
-def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        assert left[name].dtype == right[name].dtype, name
-        assert torch.equal(left[name], right[name]), name
-
-
 def edit(folder: Path, **changes: Tensor | None) -> None:
     """Replace or (None) remove tensors of a single-file folder; ``__`` in a name stands for a dot."""
     tensors = load_file(folder / "model.safetensors")
@@ -69,7 +63,7 @@ def test_transformers_loads_what_we_write(tmp_path: Path, tied: bool, shard_byte
     out = write(tmp_path / "out", model, max_shard_bytes=shard_bytes)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert loaded.dtype == torch.bfloat16
-    assert_equal(parameters(loaded), {name: value.bfloat16() for name, value in parameters(model).items()})
+    assert_same_tensors(parameters(loaded), {name: value.bfloat16() for name, value in parameters(model).items()})
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     assert loaded.generation_config.eos_token_id == 1
     shards = sorted(out.glob("*.safetensors"))
@@ -91,7 +85,7 @@ def test_round_trip(tmp_path: Path, tied: bool, shard_bytes: int, dtype: torch.d
     model, other = qwen(tied), qwen(tied, seed=1)
     out = write(tmp_path / "out", model, dtype=dtype, max_shard_bytes=shard_bytes)
     load_into(other, out)
-    assert_equal(parameters(other), {name: value.to(dtype).float() for name, value in parameters(model).items()})
+    assert_same_tensors(parameters(other), {name: value.to(dtype).float() for name, value in parameters(model).items()})
     assert read_config(out)["dtype"] == str(dtype).removeprefix("torch.")
 
 
@@ -100,7 +94,7 @@ def test_we_load_what_transformers_writes(tmp_path: Path) -> None:
         model, other = qwen(tied), qwen(tied, seed=1)
         model.save_pretrained(tmp_path / str(tied))
         load_into(other, tmp_path / str(tied))
-        assert_equal(parameters(other), parameters(model))
+        assert_same_tensors(parameters(other), parameters(model))
         folder = HfFolder(tmp_path / str(tied))
         assert ("lm_head.weight" in folder.names) == (not tied)
         assert folder.shapes["model.embed_tokens.weight"] == (40, 16)
@@ -131,12 +125,12 @@ def test_tied_weight_on_disk(tmp_path: Path) -> None:
     both = write(tmp_path / "both", model, dtype=None)
     edit(both, lm_head__weight=embedding.clone())
     load_into(other, both)
-    assert_equal(parameters(other), parameters(model))
+    assert_same_tensors(parameters(other), parameters(model))
     edit(both, lm_head__weight=embedding + 1)
     fresh = qwen(True, seed=1)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
         load_into(fresh, both)
-    assert_equal(parameters(fresh), parameters(qwen(True, seed=1)))
+    assert_same_tensors(parameters(fresh), parameters(qwen(True, seed=1)))
     edit(both, model__embed_tokens__weight=None, lm_head__weight=embedding.clone())
     load_into(fresh, both)
     assert torch.equal(fresh.model.embed_tokens.weight, embedding)
@@ -168,7 +162,7 @@ def test_keys_that_do_not_fit_are_one_error_and_change_nothing(tmp_path: Path) -
         model = qwen(False, seed=1)
         with pytest.raises(CheckpointError, match=message):
             load_into(model, bad)
-        assert_equal(parameters(model), parameters(qwen(False, seed=1)))
+        assert_same_tensors(parameters(model), parameters(qwen(False, seed=1)))
         shutil.rmtree(bad)
     edit(out, model__layers__0__self_attn__rotary_emb__inv_freq=norm)
     load_into(qwen(False), out)  # A leftover of old Llama folders, not an error.

@@ -38,9 +38,10 @@ def test_commands_exist(page: Path) -> None:
 def test_recipe_keys_in_the_training_guide_exist() -> None:
     text = (ROOT / "docs/training.md").read_text()
     sections = {key.split(".")[0] for key in KEYS}
-    for key in re.findall(r"(?:`|--)(\w+\.\w+)", text):
-        if key.split(".")[0] in sections and not key.endswith((".json", ".toml")):
-            assert key in KEYS, key
+    named = {key for key in re.findall(r"(?:`|--)(\w+\.\w+)", text) if key.split(".")[0] in sections}
+    named = {key for key in named if not key.endswith((".json", ".toml"))}
+    assert len(named) > 10
+    assert named <= KEYS
 
 
 def messages_of_the_source() -> str:

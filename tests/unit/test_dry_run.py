@@ -1,13 +1,15 @@
-"""The memory that a dry run foretells, against counting by hand and against what was measured on a GPU."""
+"""What a dry run tells: memory, against counting by hand and against what was measured; and all that is missing."""
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from infir2 import cli
 from infir2.config import CptConfig
 from infir2.launch.dry_run import GIB, Memory, estimate_memory
 from infir2.launch.kept_activations import kept_by_layers
@@ -15,7 +17,8 @@ from infir2.launch.training import convert_as
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
 
-RESULTS = Path(__file__).parents[2] / "bench/results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench/results"
 
 
 def config_of(name: str, precision: str = "hybrid", **changes: Any) -> CptConfig:
@@ -132,3 +135,58 @@ def test_keeping_attention_lies_between() -> None:
     heads = 2 * (12 + 2) * 128 * 2 + 4 * 12  # q, k, v and the output in bfloat16, a float32 a head
     assert attention == full + 28 * 16384 * heads
     assert full < attention < none / 2
+
+
+# Shipped recipes, where nothing that they name is there
+
+DryRun = Callable[..., tuple[str, list[str]]]
+
+
+@pytest.fixture
+def dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> DryRun:
+    """``dry_run("cpt", "cpt_1.5b", ...)`` -> what it tells, and its errors; the folder stays as empty as it is."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(command: str, recipe: str, *words: str) -> tuple[str, list[str]]:
+        assert cli.main([command, str(ROOT / f"recipes/{recipe}.toml"), "--dry-run", *words]) == 2
+        assert not any(tmp_path.iterdir())
+        told = capsys.readouterr()
+        return told.out, told.err.splitlines()
+
+    return start
+
+
+def test_what_can_be_known_of_continual_training_is_told_and_all_that_is_missing(dry_run: DryRun) -> None:
+    words = ("cpt", "cpt_1.5b", "--data.sources", '{ "data/a" = 1, "data/b" = 1 }')
+    told, (first, second, third) = dry_run(*words)
+    assert "parameters: 1,543,714,304" in told
+    assert "in 40,000 steps of 128 sequences" in told
+    assert "together" in told
+    assert "models/Qwen2.5-1.5B is not there: these are the sizes of the preset qwen2.5-1.5b" in told
+    assert first.startswith("infir2: error: data.sources: data/a: there is neither")
+    assert second.startswith("infir2: error: data.sources: data/b: there is neither")
+    assert third.endswith("hf download Qwen/Qwen2.5-1.5B --local-dir models/Qwen2.5-1.5B")
+    told, _ = dry_run(*words, "--model.path", "models/secret")
+    assert "parameters:" not in told
+    assert 'path = "models/secret"' in told, "the resolved recipe at least"
+    told, errors = dry_run(*words, "--model.preset", "tiny")
+    assert "the vocabulary is the preset's own" in told
+    assert len(errors) == 2
+
+
+@pytest.mark.parametrize(("command", "start"), [("rl", "model"), ("sft", "model"), ("rl", "checkpoint")])
+def test_all_that_is_missing_for_fine_tuning_and_reinforcement_learning_is_told(
+    dry_run: DryRun, command: str, start: str
+) -> None:
+    place = "models/Qwen2.5-1.5B"
+    words = ["--data.train", "gone.jsonl", "--data.validation", "away.jsonl"]
+    if start == "model":
+        words += ["--model.path", place, "--init.checkpoint", "null"]
+    else:
+        words += ["--init.checkpoint", place]
+    told, (train, held_out, model) = dry_run(command, f"{command}_1.5b_stage1", *words)
+    assert ("parameters: 1,543,714,304" in told) == (start == "model")
+    assert f'run = "runs/{command}_1.5b_stage1"' in told
+    assert train == "infir2: error: data.train: gone.jsonl: no such file or folder"
+    assert held_out == "infir2: error: data.validation: away.jsonl: no such file or folder"
+    assert model.startswith(f"infir2: error: {place}: no ")

@@ -76,6 +76,24 @@ def test_every_mistake_is_told_before_anything_is_asked(
     assert not Path("runs").exists()
 
 
+def test_bad_command_lines_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for words, message in (
+        (["a", "--tasks", "held_out_1", "--paired"], "--paired compares two models, not 1"),
+        (["a", "--tasks", "held_out_1", "--limit", "0"], "--limit: 0 is less than 1"),
+        (["a", "--tasks", "held_out_1", "--data", str(tmp_path / "no")], f"--data {tmp_path / 'no'}: no such folder"),
+        ([str(tmp_path / "gone"), "--tasks", "held_out_1"], f"{tmp_path / 'gone'}: no such folder; a model"),
+        (["m", "--tasks", "held_out_1", "--api-url", "http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1/models: "),
+        *(
+            (["m", "--tasks", "held_out_1", "--api-url", url], f"--api-url {url}: is not the address of a server")
+            for url in ("notaurl", "ftp://a/v1", "http:///v1", "http://a:b/v1", "http://a b/v1", "http://a/\u00fc")
+        ),
+    ):
+        assert cli.main(["eval", *words, "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"infir2: error: {message}")
+    assert not any(tmp_path.iterdir()), "nothing is written"
+
+
 def test_a_tokenizer_without_a_chat_is_told_too(
     models: tuple[str, str], tasks: tuple[str, str], nothing_is_asked: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensors import relative_error
 from torch import Tensor
 
 from infir2.fp8 import group as group_module
@@ -57,18 +58,14 @@ def run(model: CausalLM) -> tuple[Tensor, dict[str, Tensor]]:
     return logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def difference(got: Tensor, expected: Tensor) -> float:
-    return ((got - expected).norm() / expected.norm()).item()
-
-
 @pytest.mark.parametrize("recipe", ["blockwise", "hybrid"])
 def test_fused_equals_single_layers(recipe: str) -> None:
     logits, gradients = run(build(recipe, fused=True))
     plain_logits, plain_gradients = run(build(recipe, fused=False))
-    assert difference(logits, plain_logits) < 1e-6
+    assert relative_error(logits, plain_logits) < 1e-6
     assert gradients.keys() == plain_gradients.keys()
     for name, gradient in gradients.items():
-        assert difference(gradient, plain_gradients[name]) < 1e-3, name  # a sum in another order may move a code
+        assert relative_error(gradient, plain_gradients[name]) < 1e-3, name  # a sum in another order may move a code
 
 
 def test_recomputed_is_kept() -> None:
@@ -82,7 +79,7 @@ def test_codes_instead_of_gate_and_up_change_gradients_by_their_rounding() -> No
     assert torch.equal(kept[0], codes[0]), "the forward pass is the same"
     for name in ("gate_proj", "up_proj", "down_proj"):
         weight = f"model.layers.1.mlp.{name}.weight"
-        assert 0 < difference(codes[1][weight], kept[1][weight]) < 0.05
+        assert 0 < relative_error(codes[1][weight], kept[1][weight]) < 0.05
 
 
 def test_without_gradients_the_output_is_the_same() -> None:
@@ -168,11 +165,11 @@ def test_norm_and_its_backward_against_autograd() -> None:
     x32, weight32 = (tensor.detach().float().requires_grad_() for tensor in (x, weight))
     normed, stream = fork(x32.unflatten(0, (2, 5)), weight32, 1e-6)
     assert torch.equal(normed.flatten(0, 1), rms_norm(x32, weight32, 1e-6))
-    assert difference(normed.flatten(0, 1), y.detach()) < 1e-6
+    assert relative_error(normed.flatten(0, 1), y.detach()) < 1e-6
     assert torch.equal(stream.flatten(0, 1), x32)
     (normed.flatten(0, 1) * grad.float() + stream.flatten(0, 1) * residual.float()).sum().backward()
-    assert difference(x32.grad, x.grad) < 1e-6
-    assert difference(weight32.grad, weight.grad) < 1e-6
+    assert relative_error(x32.grad, x.grad) < 1e-6
+    assert relative_error(weight32.grad, weight.grad) < 1e-6
 
 
 def test_the_gradients_that_meet_in_a_norm_are_rounded_once() -> None:
@@ -203,8 +200,8 @@ def test_swiglu_and_its_backward_against_autograd() -> None:
     y = torch.nn.functional.silu(gate) * up
     grad = torch.randn(10, 128, dtype=torch.float64)
     y.backward(grad)
-    assert difference(swiglu(gate_up.detach().float()), y.detach()) < 1e-6
-    assert difference(swiglu_backward(grad.float(), gate_up.detach().float()), gate_up.grad) < 1e-6
+    assert relative_error(swiglu(gate_up.detach().float()), y.detach()) < 1e-6
+    assert relative_error(swiglu_backward(grad.float(), gate_up.detach().float()), gate_up.grad) < 1e-6
 
 
 def test_quantising_ops_are_the_formula_then_the_quantiser() -> None:
@@ -246,7 +243,7 @@ def test_the_transpose_of_codes_loses_what_any_fp8_loses(granularity: str) -> No
     codes, scale, amax = quantize_rows(x, True)
     derived = reference.dequantize(*transpose_rows(codes, scale, amax, granularity), granularity)
     direct = reference.dequantize(*reference.quantize(x.T.contiguous(), granularity, "ue8m0"), granularity)
-    assert difference(derived, x.T) < 1.05 * difference(direct, x.T)
+    assert relative_error(derived, x.T) < 1.05 * relative_error(direct, x.T)
 
 
 def test_a_nan_stays_a_fault_in_the_transpose() -> None:

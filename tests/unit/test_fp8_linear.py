@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tensors import relative_error
 from torch import Tensor, nn
 
 from infir2.fp8.convert import convert, keep_outer_layers, refresh_weights
@@ -13,10 +14,6 @@ from infir2.kernels.matmul import _right_scale
 from infir2.kernels.operand import with_layout
 
 FP8_RECIPES = [name for name in RECIPE_NAMES if name != "bf16"]
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    return ((got.double() - expected).norm() / expected.norm()).item()
 
 
 def quantized64(x: Tensor, granularity: str, scale_format: str) -> Tensor:

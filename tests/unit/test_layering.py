@@ -5,6 +5,8 @@ The checker reads source with ast, so imports inside functions count as well; pl
 
 import ast
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -236,3 +238,12 @@ def test_the_checker_sees_a_planted_fault(fault: str, tmp_path: Path) -> None:
     (copy / path).write_text(source)
     found = complaints(copy)
     assert any(expected in line for line in found), found
+
+
+def test_the_reward_floor_needs_no_torch() -> None:
+    code = (
+        "import sys, infir2.reward.math, infir2.reward.choice, infir2.reward.tasks, infir2.reward.code, "
+        "infir2.reward.shaping, infir2.reward.dispatch\n"
+        "assert not {'torch', 'sympy', 'reasoning_gym'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)

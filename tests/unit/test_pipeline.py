@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -241,14 +242,17 @@ def test_a_stage_under_torchrun_keeps_its_own_run_option(folder: Path, capfd: py
 
 def test_a_stage_waits_for_the_one_that_a_killed_chain_left_behind(tmp_path: Path) -> None:
     left_behind = (
-        "import time\nfrom pathlib import Path\nfrom infir2.launch.held_folder import held\n"
-        f"with held(Path({str(tmp_path)!r}), 'busy', 'go'):\n    print('held', flush=True)\n    time.sleep(1.5)\n"
+        "import sys\nfrom pathlib import Path\nfrom infir2.launch.held_folder import held\n"
+        f"with held(Path({str(tmp_path)!r}), 'busy', 'go'):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
-    with subprocess.Popen([sys.executable, "-c", left_behind], stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", left_behind], text=True, **pipes) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         wait_until_free(tmp_path, 0.1)
         assert process.poll() is None, "no longer than it was told"
+        threading.Timer(0.3, process.stdin.close).start()  # then it ends
         wait_until_free(tmp_path, 60.0)
         with held(tmp_path, "busy", "go"):
             pass

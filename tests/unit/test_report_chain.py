@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_report import Page, synthetic_run
+from small_report import Page, synthetic_run
 
 from infir2.cli import main
 from infir2.evaluate.score import Sample, paired, summarise

@@ -8,12 +8,10 @@ import os
 import secrets
 import select
 import socket
-import stat
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,34 +19,10 @@ from typing import Any
 import pytest
 
 from infir2.reward import sandbox as module
-from infir2.reward.code import CodeScorer, CodeTests, StdioCase, Verdict, judge, parse_problem
+from infir2.reward.code import CodeTests, StdioCase, judge
 from infir2.reward.sandbox import Limits, Sandbox, SandboxError, launch, sandbox_report, usable_cores
 
-LIMITS = Limits(wall_s=20, cpu_s=5, memory_mib=256, processes=8, file_mib=4, folder_mib=8, output_kib=256)
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Sandbox:
-    try:
-        return Sandbox(LIMITS)
-    except SandboxError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture
-def canary(tmp_path: Path) -> Iterator[Path]:
-    """A file anybody may read and write, in folders anybody may enter: only the sandbox keeps the program from it."""
-    file = tmp_path / "canary"
-    file.write_text("canary-sings")
-    file.chmod(0o666)
-    folders = [folder for folder in (tmp_path, *tmp_path.parents) if str(folder).count("/") > 1]
-    before = {folder: stat.S_IMODE(folder.stat().st_mode) for folder in folders}
-    for folder in folders:
-        folder.chmod(0o777 if folder == tmp_path else before[folder] | 0o055)
-    yield file
-    for folder, mode in before.items():
-        folder.chmod(mode)
 
 
 def attempts(*lines: str, **names: object) -> str:
@@ -209,7 +183,7 @@ def test_a_fork_bomb_stays_small_and_dies(sandbox: Sandbox) -> None:
         f"            os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(30)  # {mark}'])\n"
         "        made += 1\n    except OSError:\n        break\nprint(made)"
     )
-    assert 1 <= int(run.stdout) <= LIMITS.processes + 3
+    assert 1 <= int(run.stdout) <= sandbox.limits.processes + 3
     assert gone(mark)
 
 
@@ -256,7 +230,7 @@ def test_memory_is_bounded(sandbox: Sandbox) -> None:
 def test_output_is_bounded(sandbox: Sandbox) -> None:
     run = sandbox.run_script("import sys\nfor _ in range(60):\n    sys.stdout.write('x' * 1_000_000)")
     assert run.status == "output"
-    assert len(run.stdout) == LIMITS.output_kib << 10
+    assert len(run.stdout) == sandbox.limits.output_kib << 10
     run = sandbox.run_script("import sys\nfor _ in range(20): sys.stderr.write('x' * 1_000_000)\nprint('ok')")
     assert run.stdout == b"ok\n"
     assert len(run.stderr) == 16_384
@@ -269,8 +243,8 @@ def test_files_are_bounded_and_leave_nothing_on_disk(sandbox: Sandbox) -> None:
         "print(total, max(os.path.getsize(f) for f in os.listdir('.')))"
     )
     total, largest = map(int, run.stdout.split())
-    assert 0 < largest <= LIMITS.file_mib << 20
-    assert total <= LIMITS.folder_mib << 20
+    assert 0 < largest <= sandbox.limits.file_mib << 20
+    assert total <= sandbox.limits.folder_mib << 20
 
 
 def test_nobody_outside_can_be_killed(sandbox: Sandbox) -> None:
@@ -292,9 +266,9 @@ def test_nobody_outside_can_be_killed(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize("layers", [("namespaces",), ("namespaces", "seccomp"), module.LAYERS])
 def test_the_program_is_alone_in_its_group(sandbox: Sandbox, layers: tuple[str, ...]) -> None:
     """So kill(0, 9) reaches nobody outside, even where neither users nor Landlock keep them apart."""
-    run = launch("import os\nprint(os.getpgrp(), os.getsid(0))", b"", ("script", "-"), LIMITS, layers)
+    run = launch("import os\nprint(os.getpgrp(), os.getsid(0))", b"", ("script", "-"), sandbox.limits, layers)
     assert run.stdout == b"2 2\n", "0 would be a group from outside"
-    run = launch("import os\nprint(1, flush=True)\nos.kill(0, 9)", b"", ("script", "-"), LIMITS, layers)
+    run = launch("import os\nprint(1, flush=True)\nos.kill(0, 9)", b"", ("script", "-"), sandbox.limits, layers)
     assert (run.status, run.code, run.stdout) == ("signal", -9, b"1\n")
 
 
@@ -318,9 +292,9 @@ def test_a_cage_that_is_killed_is_a_failed_program_once_the_sandbox_is_proved(
         kill_launchers(patch)
         run = sandbox.run_script(sleep)
         assert (run.status, run.code) == ("signal", -9)
-        assert judge(sleep, PROBLEM, sandbox).outcome == "error"
+        assert judge(sleep, CodeTests((StdioCase("2\n", "4\n"),)), sandbox).outcome == "error"
         with pytest.raises(SandboxError, match="without a word"):
-            launch(sleep, b"", ("script", "-"), LIMITS, module.LAYERS)
+            launch(sleep, b"", ("script", "-"), sandbox.limits, module.LAYERS)
     monkeypatch.setattr(module, "_LAUNCH", "raise OSError('no such module')  # {root}")
     with pytest.raises(SandboxError, match=r"without a word: OSError: no such module$"):
         sandbox.run_script("print(1)")
@@ -378,124 +352,6 @@ def test_no_descriptor_of_ours_is_open_inside(sandbox: Sandbox, canary: Path) ->
             "import os\nfor fd in range(3, 64):\n    try: print(fd, os.fstat(fd))\n    except OSError: pass"
         )
     assert run.stdout == b"", run
-
-
-# reward hacks: the verdict --------------------------------------------------------------------------------------------
-PROBLEM = CodeTests((StdioCase("2\n", "4\n"), StdioCase("3\n", "9\n")))
-SQUARE = "n = int(input())\nprint(n * n)"
-
-
-def test_right_and_wrong_programs(sandbox: Sandbox) -> None:
-    assert judge(SQUARE, PROBLEM, sandbox).outcome == "passed"
-    assert judge("print(4)", PROBLEM, sandbox) == Verdict(1, 2, "wrong answer")
-    assert judge(SQUARE + "\n1 / 0", PROBLEM, sandbox) == Verdict(0, 2, "error")
-    assert judge("def broken(:", PROBLEM, sandbox).outcome == "error"
-
-
-@pytest.mark.parametrize(
-    "hack",
-    [
-        "import os; os._exit(0)",
-        "import sys; sys.exit(0)",
-        "import sys\nclass Yes:\n    def write(self, text): return 1\n    flush = print\nsys.stdout = Yes()\nprint(4)",
-        "import os\nfor fd in range(64):\n    try: os.write(fd, b'ended 0\\n')\n    except OSError: pass\nos._exit(0)",
-        "import os\nif os.getpid() == 2:\n    os.kill(1, 9)\n    os.kill(-1, 9)",
-        "import builtins, sys\nbuiltins.compile = exec = lambda *a: None\nsys.modules.clear()",
-    ],
-    ids=["os._exit", "sys.exit", "stdout tampered", "forged reports", "kill all", "builtins tampered"],
-)
-def test_no_hack_of_the_process_passes(sandbox: Sandbox, hack: str) -> None:
-    assert judge(hack, PROBLEM, sandbox).outcome != "passed"
-
-
-def test_expected_outputs_are_nowhere_to_be_found(sandbox: Sandbox, canary: Path) -> None:
-    secret = secrets.token_hex(12)
-    canary.write_text(secret)
-    search = (
-        "import gc, os, sys\nseen = [open(0).read()]\n"
-        f"for place in [{str(canary)!r}, 'calls.json', 'program.py', '/proc/self/cmdline', '/proc/1/cmdline']:\n"
-        "    try: seen.append(open(place).read())\n    except OSError: pass\n"
-        "for top, _, names in os.walk('/work'):\n    for name in names: seen.append(open(top + '/' + name).read())\n"
-        "frame = sys._getframe()\nwhile frame:\n    seen.append(repr(frame.f_locals)); frame = frame.f_back\n"
-        "seen += [repr(o) for o in gc.get_objects() if isinstance(o, (dict, list, tuple))][:3000]\n"
-        "print(sys.orig_argv, seen)"
-    )
-    run = sandbox.run_script(search, b"question")
-    assert b"question" in run.stdout
-    assert secret.encode() not in run.stdout
-    assert judge(search, CodeTests((StdioCase("question", secret),)), sandbox).outcome != "passed"
-
-
-def test_calls_cannot_be_hacked_either(sandbox: Sandbox) -> None:
-    problem = parse_problem({"inputs": [[2], [3]], "outputs": [4, 9], "fn_name": "square"})
-    assert judge("def square(n): return n * n", problem, sandbox).outcome == "passed"
-    hacks = {
-        "equal to all": "class Any(int):\n    def __eq__(self, other): return True\ndef square(n): return Any(1)",
-        "too many results": (
-            "import os\ndef square(n): return n * n\nfor fd in range(3, 64):\n"
-            "    try: os.write(fd, b'4\\n9\\n')\n    except OSError: pass"
-        ),
-        "exit early": "import os\ndef square(n): os._exit(0)",
-        "json tampered": "import json\njson.dumps = lambda value: 'true'\ndef square(n): return 1",
-        "true is not one": "def square(n): return n == n",
-        "missing": "def cube(n): return n ** 3",
-        "endless numbers": "def square(n): return 10 ** 100000",
-    }
-    for name, hack in hacks.items():
-        assert judge(hack, problem, sandbox).outcome != "passed", name
-
-
-LCB_ACCEPTS = {
-    "deep recursion": "def down(k): return k and 1 + down(k - 1)\nprint(down(20000) - 20000 + int(input()))",
-    "names of modules that it did not import": "d = defaultdict(int)\nd[1] += int(sys.stdin.readline())\nprint(d[1])",
-    "built-in pow and open": "print(pow(int(open(0).read()), 1, 7))",
-    "an empty line in front": "print()\nprint(input())",
-    "sys.exit(1) behind the output": "print(input())\nimport sys\nsys.exit(1)",
-    "exit with words": "print(input())\nexit('done')",
-}
-LCB_ACCEPTS_CALLS = {
-    "deep recursion": "def f(n):\n    def down(k): return k and 1 + down(k - 1)\n    return down(20000) - 20000 + n",
-    "json and datetime": "class Solution:\n    def f(self, n): return json.loads(str(n * datetime.timedelta(1).days))",
-    "names of math and operator": "def f(n): return list(accumulate([0, n], add))[-1] + int(sin(0))",
-}
-
-
-def test_what_livecodebench_accepts_is_accepted(sandbox: Sandbox) -> None:
-    script = parse_problem([{"input": "5\n", "output": "5"}])
-    calls = parse_problem({"tests": [{"input": "5", "output": "5", "testtype": "functional"}], "fn_name": "f"})
-    found = {name: judge(program, script, sandbox).outcome for name, program in LCB_ACCEPTS.items()}
-    assert found == dict.fromkeys(LCB_ACCEPTS, "passed")
-    found = {name: judge(program, calls, sandbox).outcome for name, program in LCB_ACCEPTS_CALLS.items()}
-    assert found == dict.fromkeys(LCB_ACCEPTS_CALLS, "passed")
-
-
-def test_every_call_has_the_limits_for_itself() -> None:
-    """Four calls, each well within the limit, all of them together not."""
-    sandbox = Sandbox(Limits(wall_s=3, cpu_s=3))
-    problem = parse_problem({"inputs": [[n] for n in range(4)], "outputs": list(range(4)), "fn_name": "slow"})
-    source = "import time\nseen = []\ndef slow(n):\n    time.sleep(1)\n    seen.append(n)\n    return {}"
-    assert judge(source.format("n"), problem, sandbox) == Verdict(4, 4, "passed")
-    assert judge(source.format("n if len(seen) == 1 else -1"), problem, sandbox).outcome == "passed", "nothing is left"
-
-
-def test_annotations_mean_what_python_makes_of_them(sandbox: Sandbox) -> None:
-    problem = parse_problem({"inputs": [[1]], "outputs": [1], "fn_name": "f"})
-    assert judge("def f(n: int) -> List[int]: return f.__annotations__['n'](n)", problem, sandbox).outcome == "passed"
-
-
-def test_a_batch_is_scored_in_order(sandbox: Sandbox) -> None:
-    label = '{"inputs": ["2\\n"], "outputs": ["4\\n"], "fn_name": null}'
-    answers = [
-        f"<think>hm</think>\n```python\n{SQUARE}\n```",
-        "no program",
-        "```python\nprint(5)\n```",
-        "<think>```\nx",
-    ]
-    scores = CodeScorer(LIMITS, workers=4).score_many([(answer, label) for answer in answers * 2])
-    assert [(s.value, s.decided) for s in scores[:4]] == [
-        (1.0, "passed"), (0.0, "no answer"), (0.0, "wrong answer"), (0.0, "no answer"),
-    ]  # fmt: skip
-    assert scores[4:] == scores[:4]
 
 
 # fails closed ---------------------------------------------------------------------------------------------------------
@@ -559,12 +415,3 @@ def test_a_layer_lost_later_is_an_error_not_a_run(sandbox: Sandbox, monkeypatch:
     monkeypatch.setattr(module, "readable_paths", lambda: ["/proc"])  # the interpreter cannot be started
     with pytest.raises(SandboxError, match="could not be set up"):
         sandbox.run_script("print(1)")
-
-
-def test_the_reward_floor_needs_no_torch() -> None:
-    code = (
-        "import sys, infir2.reward.math, infir2.reward.choice, infir2.reward.tasks, infir2.reward.code, "
-        "infir2.reward.shaping, infir2.reward.dispatch\n"
-        "assert not {'torch', 'sympy', 'reasoning_gym'} & sys.modules.keys()"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

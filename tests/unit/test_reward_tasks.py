@@ -1,4 +1,4 @@
-"""Multiple choice, reasoning-gym tasks, shaping, test cases of programs, and the way from a name to a scorer."""
+"""Multiple choice, reasoning-gym tasks, shaping, and the way from a name to a scorer."""
 
 import json
 import sys
@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from infir2.errors import ConfigError, DataError
-from infir2.reward import code
 from infir2.reward.choice import AMBIGUOUS, ChoiceScorer, chosen_letter
-from infir2.reward.code import CallCase, CodeTests, StdioCase, extract_program, parse_problem, same_output
 from infir2.reward.dispatch import reward_for
 from infir2.reward.math import MathScorer
 from infir2.reward.shaping import format_reward, overlong_penalty
@@ -187,58 +185,6 @@ def test_overlong_penalty() -> None:
 )  # fmt: skip
 def test_format_reward(response: str, reward: float) -> None:
     assert format_reward(response, 0.1) == reward
-
-
-# test cases of programs -----------------------------------------------------------------------------------------------
-def test_extract_program() -> None:
-    assert extract_program("a\n```python\nx = 1\n```\nb") == "x = 1\n"
-    assert extract_program("```py\n1\n```\n```\n2\n```\n```text\n3\n```") == "2\n"
-    assert extract_program("```python\nprint(1)") is None
-    assert extract_program("<think>```python\n1\n```") is None
-    assert extract_program("<think>```python\n1\n```</think>none") is None
-    assert extract_program("x = 1") is None
-
-
-def test_parse_problem() -> None:
-    both = CodeTests((StdioCase("1", "2"),))
-    assert parse_problem('{"inputs": ["1"], "outputs": ["2"]}') == both
-    assert parse_problem([{"input": "1", "output": "2", "testtype": "stdin"}]) == both
-    calls = CodeTests((CallCase(([1, 2], "a"), 3),), "f")
-    assert parse_problem({"inputs": [[[1, 2], "a"]], "outputs": [3], "fn_name": "f"}) == calls
-    rows = [{"input": '[1, 2]\n"a"', "output": "3", "testtype": "functional"}]
-    assert parse_problem({"tests": rows, "fn_name": "f"}) == calls
-
-
-@pytest.mark.parametrize(
-    "label",
-    [
-        "nonsense", "{}", [], {"inputs": ["1"], "outputs": []}, {"inputs": ["1"], "outputs": [" "]}, 7, None,
-        [{"input": "1", "output": "2", "testtype": "functional"}], [{"input": "1"}],
-    ],
-)  # fmt: skip
-def test_bad_problems(label: object) -> None:
-    with pytest.raises(DataError, match="code:"):
-        parse_problem(label)
-
-
-@pytest.mark.parametrize(
-    ("printed", "expected", "same"),
-    [
-        ("1\n2\n", "1\n2", True), ("1 \n2\n\n", "1\n2", True), ("1.50", "1.5", True), ("1  2", "1 2", True),
-        ("0.30000000000000004", "0.3", False), ("1\n\n2", "1\n2", False), ("", "1", False), ("yes", "YES", False),
-        ("1e400", "1", False), ("nan", "nan", True), ("NaN", "1", False), ("1" * 5000, "1", False), ("１", "1", True),
-        ("\n\n1", "1", True), ("  1", "1", True), ("5", "5.", True), (".5", "0.5", True), ("5", ".", False),
-    ],
-)  # fmt: skip
-def test_same_output(printed: str, expected: str, same: bool) -> None:
-    assert same_output(printed, expected) is same
-
-
-def test_json_values_are_compared_strictly() -> None:
-    assert code._same_json(b"[1, 2.0]", (1, 2))
-    assert not code._same_json(b"true", 1)
-    assert not code._same_json(b"[" * 100_000, 1)
-    assert not code._same_json(b"1" * 100_000, 1)
 
 
 # names ----------------------------------------------------------------------------------------------------------------

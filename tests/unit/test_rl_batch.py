@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import small_rl
 import torch
-from test_rl_policy import toy_samples
+from small_rl import toy_samples
+from small_training import attention_for
 
 from infir2.config import PolicySection
 from infir2.fp8.convert import convert, refresh_weights
 from infir2.fp8.linear import Fp8Linear
 from infir2.fp8.recipe import recipe_named
-from infir2.model.attention import document_attention
 from infir2.model.transformer import CausalLM
 from infir2.rl.batch import TrainingSample, pack_samples, split_samples, with_logprobs
 from infir2.rl.objective import PolicyObjective, batch_logprobs
@@ -25,7 +25,7 @@ from infir2.rollout.options import EngineOptions
 from infir2.rollout.records import Request, SamplingParams
 from infir2.train.optimizer import build_optimizer
 from infir2.train.step import StepResult, train_step
-from infir2.types import IGNORE, Batch
+from infir2.types import IGNORE
 
 TEMPERATURE = 1.2
 
@@ -36,10 +36,6 @@ def build(recipe: str = "bf16", dtype: torch.dtype = torch.float32, seed: int = 
     convert(model, recipe_named(recipe))
     refresh_weights(model)
     return model
-
-
-def attention_for(batch: Batch):
-    return document_attention(batch, torch.float32)
 
 
 def drawn(engine: Engine, count: int = 6, new: int = 24) -> list[TrainingSample]:

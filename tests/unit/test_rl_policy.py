@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from small_rl import toy_samples
 from torch import Tensor, nn
 
 from infir2.config import PolicySection
 from infir2.parallel.runtime import World
 from infir2.rl.advantage import group_advantages, has_spread
-from infir2.rl.batch import RlBatch, TrainingSample, pack_samples
+from infir2.rl.batch import RlBatch, pack_samples
 from infir2.rl.objective import PolicyObjective
 from infir2.rl.policy_loss import TokenTerms, importance_weights, low_variance_kl, mismatch, policy_loss
 from infir2.train.step import train_step
@@ -177,19 +178,6 @@ class Toy(nn.Module):
         now = self.embedding[input_ids]
         before = now.roll(1, dims=1) * (position_ids > 0)[..., None]
         return head(torch.tanh(torch.cat([now, before], -1) @ self.mix), self.head)
-
-
-def toy_samples(seed: int = 0) -> list[TrainingSample]:
-    dice = random.Random(seed)
-    return [
-        TrainingSample(
-            tuple(dice.choices(range(11), k=dice.randint(1, 4))),
-            tuple(dice.choices(range(11), k=(length := dice.randint(1, 9)))),
-            tuple(-dice.random() * 3 for _ in range(length)),
-            dice.gauss(0, 1),
-        )
-        for _ in range(9)
-    ]
 
 
 def with_fixed(batches: list[RlBatch], **values: Any) -> list[RlBatch]:

@@ -79,10 +79,8 @@ def test_no_route_but_health_opens_without_the_key(client: TestClient) -> None:
     for method, path in calls:
         expected = 200 if path == "/health" else 401
         assert client.request(method, path).status_code == expected, (method, path)
-        for wrong in ("secret", "Basic secret", "bearer secret", "Bearer ", "Bearer Secret", "Bearer secret "):
-            reply = client.request(method, path, headers={"Authorization": wrong})
-            # Trailing space is no part of a header's value.
-            assert reply.status_code == (expected if wrong.strip() != "Bearer secret" else reply.status_code)
+        for wrong in ("secret", "Basic secret", "bearer secret", "Bearer ", "Bearer Secret", "Bearer secrets"):
+            assert client.request(method, path, headers={"Authorization": wrong}).status_code == expected, wrong
     twice = [("Authorization", "Bearer x"), ("Authorization", "Bearer secret")]
     assert client.get("/v1/models", headers=twice).status_code == 401
     refused = client.get("/v1/models")

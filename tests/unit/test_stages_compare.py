@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,7 +80,8 @@ def test_a_comparison_has_a_folder_of_its_own(
     assert "holds a training run; give a comparison a folder of its own" in capsys.readouterr().err
 
 
-def test_the_command_line_can_name_the_folder() -> None:
+def config(**changes: Any) -> CptConfig:
+    """Of a run that is not begun."""
     table = {
         "run": "runs/x",
         "model": {"preset": "tiny"},
@@ -87,23 +89,17 @@ def test_the_command_line_can_name_the_folder() -> None:
         "optim": {"lr": 1e-3},
         "train": {"steps": 2, "global_batch": 1},
     }
-    config = CptConfig.model_validate(table)
-    assert own_folder(config, []).run == "runs/x-compare"
+    return CptConfig.model_validate(table | changes)
+
+
+def test_the_command_line_can_name_the_folder() -> None:
+    assert own_folder(config(), []).run == "runs/x-compare"
     for words in (["--run", "runs/x"], ["--optim.lr", "1", "--run=runs/x"]):
-        assert own_folder(config, words).run == "runs/x"
+        assert own_folder(config(), words).run == "runs/x"
 
 
 def test_variants_differ_in_precision_seed_and_folder_alone() -> None:
-    config = CptConfig.model_validate(
-        {
-            "run": "runs/x",
-            "model": {"preset": "tiny"},
-            "data": {"seq_len": 8, "sources": {"a": 1}},
-            "optim": {"lr": 1e-3},
-            "train": {"steps": 2, "global_batch": 1},
-        }
-    )
-    one, other = variant(config, "bf16", 3), variant(config, "hybrid", 3)
+    one, other = variant(config(), "bf16", 3), variant(config(), "hybrid", 3)
     assert (one.run, other.run) == ("runs/x/bf16-seed3", "runs/x/hybrid-seed3")
     assert (one.fp8.recipe, other.fp8.recipe, one.train.seed) == ("bf16", "hybrid", 3)
     assert one.data == other.data
@@ -111,36 +107,19 @@ def test_variants_differ_in_precision_seed_and_folder_alone() -> None:
 
 
 def test_other_keys_can_differ_as_well() -> None:
-    config = CptConfig.model_validate(
-        {
-            "run": "runs/x",
-            "model": {"preset": "tiny"},
-            "data": {"seq_len": 8, "sources": {"a/b": 1}},
-            "optim": {"lr": 1e-3},
-            "train": {"steps": 2, "global_batch": 1},
-        }
-    )
-    plain, other = variant(config, "hybrid", 3), variant(config, "hybrid+optim.moments=bfloat16+optim.lr=1e+0", 3)
+    base = config(data={"seq_len": 8, "sources": {"a/b": 1}})
+    plain, other = variant(base, "hybrid", 3), variant(base, "hybrid+optim.moments=bfloat16+optim.lr=1e+0", 3)
     assert (other.fp8.recipe, other.optim.moments, other.optim.lr) == ("hybrid", "bfloat16", 1.0)
     assert other.run == "runs/x/hybrid+optim.moments=bfloat16+optim.lr=1e+0-seed3"
     assert other.train == plain.train
-    assert other.data == config.data
-    assert variant(config, "bf16+init.checkpoint=runs/base", 3).run == "runs/x/bf16+init.checkpoint=runs_base-seed3"
+    assert other.data == base.data
+    assert variant(base, "bf16+init.checkpoint=runs/base", 3).run == "runs/x/bf16+init.checkpoint=runs_base-seed3"
 
 
 def test_an_fp8_head_is_compared_with_a_bf16_one() -> None:
-    config = CptConfig.model_validate(
-        {
-            "run": "runs/x",
-            "model": {"preset": "tiny"},
-            "fp8": {"recipe": "hybrid", "head": True},
-            "data": {"seq_len": 8, "sources": {"a": 1}},
-            "optim": {"lr": 1e-3},
-            "train": {"steps": 2, "global_batch": 1},
-        }
-    )
-    assert not variant(config, "bf16", 3).fp8.head
-    assert variant(config, "blockwise", 3).fp8.head
+    base = config(fp8={"recipe": "hybrid", "head": True})
+    assert not variant(base, "bf16", 3).fp8.head
+    assert variant(base, "blockwise", 3).fp8.head
 
 
 def test_an_unfinished_run_leaves_its_pair_out(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_run import ARCHITECTURE, metrics_lines, write_model, write_recipe
+from tensors import assert_same_tensors, tensors_in
 from torch import Tensor
 
 from infir2.checkpoint import manifest
-from infir2.checkpoint.huggingface import HfFolder
 from infir2.checkpoint.model_source import open_model_source
 from infir2.cli import main
 from infir2.launch.model_card import model_card
@@ -29,18 +29,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "qk_norm": True, "qkv_bias": False},
     "llama": {"model_type": "llama", "qkv_bias": False, "tie_word_embeddings": False},
 }
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    source = HfFolder(folder)
-    return {name: source.tensor(name) for name in source.names}
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        assert left[name].dtype == right[name].dtype, name
-        assert torch.equal(left[name], right[name]), name
 
 
 def bf16_model(folder: Path, **changes: Any) -> Path:
@@ -72,9 +60,9 @@ def test_hf_to_checkpoint_and_back(tmp_path: Path, family: str, capsys: pytest.C
     source = bf16_model(tmp_path / "hf", **FAMILIES[family])
     assert main(["convert", str(source), str(tmp_path / "dcp"), "--to", "dcp"]) == 0
     assert main(["convert", str(tmp_path / "dcp"), str(tmp_path / "back")]) == 0
-    assert_same(weights(tmp_path / "back"), weights(source))
+    assert_same_tensors(tensors_in(tmp_path / "back"), tensors_in(source))
     told = capsys.readouterr().out
-    assert f"{len(weights(source))} tensors" in told
+    assert f"{len(tensors_in(source))} tensors" in told
     assert "GB/s" in told
     assert "note:" not in told
     assert main(["convert", str(tmp_path / "as-fp32"), str(tmp_path / "bare")]) == 0
@@ -97,18 +85,18 @@ def test_sharded_and_single_files(tmp_path: Path, family: str) -> None:
     assert sorted(set(index["weight_map"].values())) == files
     assert files[-1] == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
     assert len(files) > 5
-    assert index["metadata"]["total_size"] == sum(value.nbytes for value in weights(source).values())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors_in(source).values())
     for file in files:
         held = load_file(sharded / file)  # safetensors checks the header: no hole, no overlap
         assert {name for name, place in index["weight_map"].items() if place == file} == held.keys()
         assert len(held) == 1 or sum(value.nbytes for value in held.values()) <= 100_000
-    assert_same(weights(sharded), weights(source))
+    assert_same_tensors(tensors_in(sharded), tensors_in(source))
     convert_model(str(sharded), single)
     assert (single / "model.safetensors").exists()
-    assert_same(weights(single), weights(source))
+    assert_same_tensors(tensors_in(single), tensors_in(source))
     convert_model(str(sharded), tmp_path / "fp8", "fp8", Options(max_shard_gb=1e-4, scale_dtype="e8m0"))
     convert_model(str(source), tmp_path / "fp8-single", "fp8", Options(scale_dtype="e8m0"))
-    one, many = weights(tmp_path / "fp8-single"), weights(tmp_path / "fp8")
+    one, many = tensors_in(tmp_path / "fp8-single"), tensors_in(tmp_path / "fp8")
     assert {name: value.float().sum() for name, value in one.items()} == {
         name: value.float().sum() for name, value in many.items()
     }
@@ -118,16 +106,16 @@ def test_sharded_and_single_files(tmp_path: Path, family: str) -> None:
 def test_dtypes(tmp_path: Path, dtype: Any) -> None:
     source = write_model(tmp_path / "fp32")
     convert_model(str(source), tmp_path / "cast", options=Options(dtype=dtype))
-    expected = {name: value.to(getattr(torch, dtype)) for name, value in weights(source).items()}
-    assert_same(weights(tmp_path / "cast"), expected)
+    expected = {name: value.to(getattr(torch, dtype)) for name, value in tensors_in(source).items()}
+    assert_same_tensors(tensors_in(tmp_path / "cast"), expected)
     config = json.loads((tmp_path / "cast/config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == dtype
     convert_model(str(tmp_path / "cast"), tmp_path / "kept")
-    assert_same(weights(tmp_path / "kept"), expected)
+    assert_same_tensors(tensors_in(tmp_path / "kept"), expected)
     assert json.loads((tmp_path / "kept/config.json").read_text()) == config
     convert_model(str(tmp_path / "cast"), tmp_path / "dcp", "dcp")
     convert_model(str(tmp_path / "dcp"), tmp_path / "back", options=Options(dtype=dtype))
-    assert_same(weights(tmp_path / "back"), expected)
+    assert_same_tensors(tensors_in(tmp_path / "back"), expected)
 
 
 # Runs
@@ -139,7 +127,7 @@ def test_a_run(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["convert", str(run), str(tmp_path / "hf")]) == 0
     source = open_model_source(str(run))
     assert source.path == run / "checkpoints/step-000002"
-    stored = weights(tmp_path / "hf")
+    stored = tensors_in(tmp_path / "hf")
     assert stored.keys() == source.names.keys()
     for name, value in stored.items():
         assert torch.equal(value, source.tensors.tensor(name).bfloat16())
@@ -343,7 +331,7 @@ def test_peak_memory_is_a_few_tensors(tmp_path: Path) -> None:
     tensors = {step: peak / (32_768 * 512 * width) for (step, width), peak in zip(steps.items(), peaks, strict=True)}
     assert max(tensors.values()) < 3.2, tensors
     print(tensors)
-    assert_same(weights(tmp_path / "back"), weights(source))
-    values, rounded = weights(tmp_path / "bf16"), weights(source)
+    assert_same_tensors(tensors_in(tmp_path / "back"), tensors_in(source))
+    values, rounded = tensors_in(tmp_path / "bf16"), tensors_in(source)
     assert values.keys() == rounded.keys()
     assert open_model_source(str(tmp_path / "back")).architecture == dataclasses.replace(ARCHITECTURE, **shape)

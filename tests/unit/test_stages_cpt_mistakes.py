@@ -187,33 +187,6 @@ def test_a_package_that_will_be_missing_is_told_first(
     assert not run.exists()
 
 
-def test_a_dry_run_tells_what_can_be_known_and_all_that_is_missing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shipped = Path(__file__).parents[2] / "recipes/cpt_1.5b.toml"
-    monkeypatch.chdir(tmp_path)
-    words = ("--dry-run", "--data.sources", '{ "data/a" = 1, "data/b" = 1 }')
-    assert cpt(shipped, *words) == 2
-    told = capsys.readouterr()
-    assert "parameters: 1,543,714,304" in told.out
-    assert "in 40,000 steps of 128 sequences" in told.out
-    assert "together" in told.out
-    assert "models/Qwen2.5-1.5B is not there: these are the sizes of the preset qwen2.5-1.5b" in told.out
-    first, second, third = told.err.splitlines()
-    assert first.startswith("infir2: error: data.sources: data/a: there is neither")
-    assert second.startswith("infir2: error: data.sources: data/b: there is neither")
-    assert third.endswith("hf download Qwen/Qwen2.5-1.5B --local-dir models/Qwen2.5-1.5B")
-    assert cpt(shipped, *words, "--model.path", "models/secret") == 2
-    told = capsys.readouterr()
-    assert "parameters:" not in told.out
-    assert 'path = "models/secret"' in told.out, "the resolved recipe at least"
-    assert cpt(shipped, *words, "--model.preset", "tiny") == 2
-    told = capsys.readouterr()
-    assert "the vocabulary is the preset's own" in told.out
-    assert len(told.err.splitlines()) == 2
-    assert not any(tmp_path.iterdir())
-
-
 def test_start_weights_that_are_not_numbers_fail(
     recipe: Recipe, start_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -292,9 +292,14 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         command("--out", out, "--verify")
     with pytest.raises(DataError, match="name at least one file"):
         command("--out", out)
-    for words in (("--validation-fraction", 1), ("--shard-tokens", 0), ("--workers", -1), ("--vocab-size", 10)):
-        with pytest.raises(DataError, match=r"vocab_size|--"):
-            command(tmp_path / "a.jsonl", "--out", tmp_path / "new", "--max-bad-rows", 1, *words)
+    for option, value, said in (
+        ("--validation-fraction", 1, "--validation-fraction 1"),
+        ("--shard-tokens", 0, "--shard-tokens 0"),
+        ("--workers", -1, "--workers and --seed must not be negative"),
+        ("--vocab-size", 10, "a byte-level tokenizer has 261 to"),
+    ):
+        with pytest.raises(DataError, match=said):
+            command(tmp_path / "a.jsonl", "--out", tmp_path / "new", "--max-bad-rows", 1, option, value)
     assert not (tmp_path / "new").exists()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import loss_bits, metrics_lines, write_model
+from small_run import loss_bits, metrics_lines, write_model, write_toml
 from transformers import AutoTokenizer
 
 from infir2 import cli
@@ -59,17 +59,8 @@ def recipe(tmp_path: Path, chat_model: Path) -> Recipe:
             "train": {"epochs": 2, "global_batch": 6, "eval_every": 4, "save_every": 3},
             "log": {"tensorboard": False},
         }
-        for key, value in overrides.items():
-            section, name_in_it = key.split(".")
-            table.setdefault(section, {})[name_in_it] = value
-            if value is None:
-                del table[section][name_in_it]
-        path = tmp_path / f"{name}.toml"
-        lines = [f"run = {json.dumps(str(tmp_path / name))}"]
-        for section, values in table.items():
-            lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-        path.write_text("\n".join(lines) + "\n")
-        return path, tmp_path / name
+        run = tmp_path / name
+        return write_toml(tmp_path / f"{name}.toml", run, table, overrides), run
 
     return write
 

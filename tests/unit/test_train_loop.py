@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from small_run import SEQ_LEN
-from small_training import WORLD, adam, attention_for, batches, build, nan_activation, same, snapshot, step, windows
+from small_training import WORLD, adam, attention_for, batches, build, nan_activation, snapshot, step, windows
+from tensors import same
 from torch import Tensor
 
 from infir2.config import LogSection, TrainSection
