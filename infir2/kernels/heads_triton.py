@@ -8,9 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from infir2.kernels.codes_triton import codes_of, largest_bits, scale_and_reciprocal
 from infir2.kernels.early import early, starts_early
-from infir2.kernels.head_codes_triton import codes_of, largest_bits, scale_of
-from infir2.kernels.paged_decode_triton import _pools
 from infir2.kernels.paged_layout import PagedCache
 
 
@@ -54,7 +53,7 @@ def _store_heads(
     row += head * HEAD_STRIDE
     place = pool_ptr + row[:, None] * (2 * HALF) + d[None, :]
     if FP8:
-        scale, factor = scale_of(tl.maximum(largest_bits(first), largest_bits(second)))
+        scale, factor = scale_and_reciprocal(tl.maximum(largest_bits(first), largest_bits(second)))
         first, second = codes_of(first, factor), codes_of(second, factor)
         tl.store(scale_ptr + row, scale, mask=inside)
     dtype: tl.constexpr = pool_ptr.dtype.element_ty
@@ -126,7 +125,7 @@ def place_heads(
     query_weight, key_weight, eps = norms or (qkv, qkv, 0.0)
     on = starts_early(qkv.device)
     _place_kernel[(tokens, 3)](
-        qkv, qkv if bias is None else bias, query_weight, key_weight, cos, sin, q, *_pools(cache, False), slots,
+        qkv, qkv if bias is None else bias, query_weight, key_weight, cos, sin, q, *cache.pools(), slots,
         qkv.stride(0), eps, HEADS=heads, KV_HEADS=kv_heads, HALF=head_dim // 2, LANES=triton.next_power_of_2(heads),
         KV_LANES=triton.next_power_of_2(kv_heads), BLOCK=cache.keys.shape[1], **cache.strides,
         BIAS=bias is not None, NORM=norms is not None, FP8=cache.key_scale is not None, EARLY=on, num_warps=4,

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infir2.kernels.quantize_triton import _rows_contiguous
+from infir2.kernels.codes_triton import PARTS, encode_tiles, raise_maxima, to_float32
+from infir2.kernels.operand import contiguous_rows, zeroed_rows
 from infir2.kernels.reference import BLOCK
-from infir2.kernels.rows_triton import PARTS, _encode_rows, _raised, _wide, zeroed_rows
 
 
 @triton.jit
@@ -50,19 +50,19 @@ def _norm_kernel(
     for step in tl.range(STEPS, num_stages=STAGES):
         there = step < rows - first
         inside = (c < cols) & there
-        x = _wide(tl.load(x_ptr + (step * stride + c), mask=inside, other=0.0))
+        x = to_float32(tl.load(x_ptr + (step * stride + c), mask=inside, other=0.0))
         if UPDATE:
-            x += _wide(tl.load(update_ptr + (step * update_stride + c), mask=inside, other=0.0))
+            x += to_float32(tl.load(update_ptr + (step * update_stride + c), mask=inside, other=0.0))
             rounded = x.to(dtype)
             tl.store(sum_ptr + (step * cols + c), rounded, mask=inside)
-            x = _wide(rounded)
+            x = to_float32(rounded)
         rstd = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(x * x, axis=1), axis=0) / cols + eps)
-        value = _wide(_scaled(x, tl.broadcast_to(rstd, x.shape), weight))
-        codes, scale, largest = _encode_rows(value)
+        value = to_float32(_scaled(x, tl.broadcast_to(rstd, x.shape), weight))
+        codes, scale, largest = encode_tiles(value)
         tl.store(codes_ptr + (step * cols + c), codes, mask=inside)
         tl.store(scale_ptr + step, scale, mask=(tile * 128 < cols) & there)
         if AMAX:
-            columns, highest = _raised(columns, highest, value, largest)
+            columns, highest = raise_maxima(columns, highest, value, largest)
     if AMAX:
         finite = (highest.to(tl.int32, bitcast=True) < 0x7F800000)[:, None]
         bits = tl.where(finite, columns.to(tl.int32, bitcast=True), 0x7FC00000)
@@ -85,17 +85,17 @@ def _backward_norm_kernel(
     part, parts = tl.program_id(0), tl.num_programs(0)
     c = tl.arange(0, COLS)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    weight = _wide(tl.load(weight_ptr + c, mask=c < cols, other=0.0).to(dtype))
+    weight = to_float32(tl.load(weight_ptr + c, mask=c < cols, other=0.0).to(dtype))
     total = tl.zeros([COLS], tl.float32)
     share = 1.0 / cols
     for step in tl.range(tl.cdiv(rows - part, parts), num_stages=STAGES):  # the next row is fetched meanwhile
         r = (part + step * parts).to(tl.int64)
-        x = _wide(tl.load(x_ptr + r * x_stride + c, mask=c < cols, other=0.0))
-        grad = _wide(tl.load(grad_ptr + r * grad_stride + c, mask=c < cols, other=0.0))
+        x = to_float32(tl.load(x_ptr + r * x_stride + c, mask=c < cols, other=0.0))
+        grad = to_float32(tl.load(grad_ptr + r * grad_stride + c, mask=c < cols, other=0.0))
         product = grad * x
         squares, along = tl.reduce((x * x, product * weight), 0, _add_both)
         rstd = tl.rsqrt(squares * share + eps)
-        residual = _wide(tl.load(residual_ptr + r * residual_stride + c, mask=c < cols, other=0.0))
+        residual = to_float32(tl.load(residual_ptr + r * residual_stride + c, mask=c < cols, other=0.0))
         dx = grad * weight * rstd - x * (rstd * rstd * rstd * along * share) + residual
         tl.store(dx_ptr + r * cols + c, dx.to(dtype), mask=c < cols)
         total += product * rstd
@@ -113,8 +113,8 @@ def norm_quantize(
     x: Tensor, weight: Tensor, eps: float, amax: bool, update: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``norm.norm_quantize``."""
-    x = _rows_contiguous(x)
-    added = x if update is None else _rows_contiguous(update)
+    x = contiguous_rows(x)
+    added = x if update is None else contiguous_rows(update)
     rows, cols = x.shape
     codes, scale, largest = zeroed_rows(rows, cols, amax, x.device)
     total = torch.empty(0 if update is None else rows, cols, dtype=x.dtype, device=x.device)
@@ -132,7 +132,7 @@ def norm_gradients(
     grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, parts: int
 ) -> tuple[Tensor, Tensor]:
     """See ``norm.norm_gradients``."""
-    grad, x, residual = (_rows_contiguous(tensor) for tensor in (grad, x, residual))
+    grad, x, residual = (contiguous_rows(tensor) for tensor in (grad, x, residual))
     rows, cols = x.shape
     dx = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
     sums = torch.empty(parts, cols, dtype=torch.float32, device=x.device)

@@ -26,6 +26,17 @@ def empty_rows(rows: int, cols: int, amax: bool, device: torch.device) -> tuple[
     return *empty_operand(rows, cols, "tile", device), largest
 
 
+def zeroed_rows(rows: int, cols: int, amax: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with an amax of zeros, for kernels to raise."""
+    codes, scale, largest = empty_rows(rows, cols, amax, device)
+    return codes, scale, largest.zero_() if amax else largest
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """``x`` with adjacent elements in a row, as kernels read a matrix; a copy only where they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _empty_scale(shape: tuple[int, int], granularity: str, device: torch.device) -> Tensor:
     rows, cols = shape
     if granularity == "tile":

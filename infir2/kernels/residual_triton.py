@@ -9,11 +9,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from infir2.kernels.codes_triton import encode
 from infir2.kernels.early import early, starts_early
-from infir2.kernels.head_codes_triton import encode
 from infir2.kernels.parts import Parts
 from infir2.kernels.reference import BLOCK
-from infir2.kernels.small_matmul_triton import _add_parts
+from infir2.kernels.small_matmul_triton import add_parts
 
 
 @triton.jit(do_not_specialize=["part_stride", "scale_stride", "tiles", "blocks", "programs"])
@@ -38,7 +38,7 @@ def _add_norm_kernel(
     if MOST == 0:
         branch = tl.load(branch_ptr + place, mask=inside, other=0.0).to(tl.float32)
     else:
-        branch = _add_parts(branch_ptr, place, c, part_stride, tiles, blocks, programs, WIDTH, MOST, EVEN, inside)
+        branch = add_parts(branch_ptr, place, c, part_stride, tiles, blocks, programs, WIDTH, MOST, EVEN, inside)
         branch = branch.to(dtype).to(tl.float32)
     x = (before + branch).to(dtype)
     tl.store(sum_ptr + row * cols + c, x, mask=inside)

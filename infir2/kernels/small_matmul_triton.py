@@ -96,7 +96,7 @@ def _parts_kernel(
 
 
 @triton.jit
-def _add_parts(
+def add_parts(
     sums_ptr, place, col, part_stride, tiles, blocks, programs, COLS: tl.constexpr, MOST: tl.constexpr,
     EVEN: tl.constexpr, inside,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def _join_parts_kernel(
     gdc_wait()  # it starts before the sums are there, to be ready when they are
     i = tl.program_id(0) * EACH + tl.arange(0, EACH)
     inside = i < part_stride
-    total = _add_parts(sums_ptr, i, i % outputs, part_stride, tiles, blocks, programs, COLS, MOST, EVEN, inside)
+    total = add_parts(sums_ptr, i, i % outputs, part_stride, tiles, blocks, programs, COLS, MOST, EVEN, inside)
     tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 

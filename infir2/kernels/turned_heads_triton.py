@@ -9,17 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from infir2.kernels.codes_triton import (
+    absolute,
+    larger,
+    raise_maxima,
+    store_maxima,
+    tile_codes,
+    tile_scales,
+    to_float32,
+)
+from infir2.kernels.operand import zeroed_rows
 from infir2.kernels.reference import BLOCK
-from infir2.kernels.rows_triton import (
-    _absolute,
-    _codes,
-    _keep_largest,
-    _larger,
-    _raised,
-    _row_scales,
-    _wide,
-    zeroed_rows,
-)  # fmt: skip
 
 
 @triton.jit
@@ -58,11 +58,11 @@ def _turned_heads_kernel(
     c = _columns(block, HALF)
     place = r[:, None] * stride + c[None, :]
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
-    first = _wide(tl.load(qkv_ptr + place, mask=inside, other=0.0))
-    second = _wide(tl.load(qkv_ptr + place + HALF, mask=inside, other=0.0))
+    first = to_float32(tl.load(qkv_ptr + place, mask=inside, other=0.0))
+    second = to_float32(tl.load(qkv_ptr + place + HALF, mask=inside, other=0.0))
     if BIAS:
-        first = _wide((first + _wide(tl.load(bias_ptr + c))[None, :]).to(dtype))
-        second = _wide((second + _wide(tl.load(bias_ptr + c + HALF))[None, :]).to(dtype))
+        first = to_float32((first + to_float32(tl.load(bias_ptr + c))[None, :]).to(dtype))
+        second = to_float32((second + to_float32(tl.load(bias_ptr + c + HALF))[None, :]).to(dtype))
     if block < q_blocks + kv_blocks:
         cos, sin = _angles(cos_ptr, sin_ptr, r, inside, HALF)
         first, second = first * cos - second * sin, second * cos + first * sin
@@ -93,28 +93,28 @@ def _gradient_kernel(
         r = start.to(tl.int64) + tl.arange(0, ROWS)
         inside, there = (r < tokens)[:, None], (r < end)
         place = r[:, None] * width + own[None, :]
-        first = _wide(tl.load(ptr + place, mask=inside, other=0.0))
-        second = _wide(tl.load(ptr + place + HALF, mask=inside, other=0.0))
+        first = to_float32(tl.load(ptr + place, mask=inside, other=0.0))
+        second = to_float32(tl.load(ptr + place + HALF, mask=inside, other=0.0))
         cos, sin = _angles(cos_ptr, sin_ptr, r, inside & turns, HALF)
         left, right = first * cos + second * sin, second * cos - first * sin
-        first = _wide(tl.where(turns, left, first).to(dtype))
-        second = _wide(tl.where(turns, right, second).to(dtype))
-        largest = _larger(tl.reduce(_absolute(first), 1, _larger), tl.reduce(_absolute(second), 1, _larger))
-        factor, mask, scale = _row_scales(largest)
+        first = to_float32(tl.where(turns, left, first).to(dtype))
+        second = to_float32(tl.where(turns, right, second).to(dtype))
+        largest = larger(tl.reduce(absolute(first), 1, larger), tl.reduce(absolute(second), 1, larger))
+        factor, mask, scale = tile_scales(largest)
         factor, mask = tl.broadcast_to(factor[:, None], first.shape), tl.broadcast_to(mask[:, None], first.shape)
         place = r[:, None] * cols + c[None, :]
-        tl.store(codes_ptr + place, _codes(first, factor, mask), mask=there[:, None])
-        tl.store(codes_ptr + place + HALF, _codes(second, factor, mask), mask=there[:, None])
+        tl.store(codes_ptr + place, tile_codes(first, factor, mask), mask=there[:, None])
+        tl.store(codes_ptr + place + HALF, tile_codes(second, factor, mask), mask=there[:, None])
         tl.store(scale_ptr + block.to(tl.int64) * rows + r, scale, mask=there)
         if AMAX:
-            columns, highest = _raised(columns, highest, first, largest)
-            further_columns = _larger(further_columns, _absolute(second))
+            columns, highest = raise_maxima(columns, highest, first, largest)
+            further_columns = larger(further_columns, absolute(second))
         if BIAS:
             sums += first
             further_sums += second
     if AMAX:
-        _keep_largest(amax_ptr, columns, highest, c, c < cols, cols)
-        _keep_largest(amax_ptr, further_columns, highest, c + HALF, c < cols, cols)
+        store_maxima(amax_ptr, columns, highest, c, c < cols, cols)
+        store_maxima(amax_ptr, further_columns, highest, c + HALF, c < cols, cols)
     if BIAS:
         bias_ptr += tl.program_id(0) * cols
         tl.store(bias_ptr + c, tl.sum(sums, axis=0))
