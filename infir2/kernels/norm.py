@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from infir2.kernels.custom_op import custom_op
-from infir2.kernels.forward_only import forward_only
+from infir2.kernels.dispatch import inference_on_cuda
 from infir2.kernels.operand import empty_rows
 from infir2.kernels.rows import encode_rows
 
@@ -23,10 +23,10 @@ BACKWARD_PARTS = 528
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., features] in any float dtype, weight [features] -> like x."""
-    if forward_only(x):
-        from infir2.kernels import forward_only_triton
+    if inference_on_cuda(x):
+        from infir2.kernels import norm_triton
 
-        return forward_only_triton.rms_norm(x, weight, eps)
+        return norm_triton.rms_norm(x, weight, eps)
     return weight.to(x.dtype) * (x.float() * _rstd(x, eps)).to(x.dtype)
 
 

@@ -1,6 +1,7 @@
-"""Triton kernels of RMSNorm: with its output as row codes, and its backward pass. ``norm`` holds their twins.
+"""Triton kernels of RMSNorm: plain where no gradient is wanted, with its output as row codes, and its backward pass.
 
-A program has whole rows in its registers, so each tensor is read once. Imported only where CUDA tensors are met.
+``norm`` holds their twins. A program has whole rows in its registers, so each tensor is read once. Imported only where
+CUDA tensors are met.
 """
 
 import torch
@@ -11,6 +12,23 @@ from torch import Tensor
 from infir2.kernels.codes_triton import PARTS, encode_tiles, raise_maxima, to_float32
 from infir2.kernels.operand import contiguous_rows, zeroed_rows
 from infir2.kernels.reference import BLOCK
+
+
+@triton.jit(do_not_specialize=["rows", "inner"])  # else other numbers of tokens would compile it again
+def _norm_kernel(
+    x_ptr, weight_ptr, out_ptr, rows, cols, inner, outer_stride, inner_stride, eps,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, COLS)
+    inside = (row < rows)[:, None] & (c < cols)[None, :]
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    start = (row // inner).to(tl.int64) * outer_stride + (row % inner) * inner_stride
+    x = tl.load(x_ptr + start[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + c, mask=c < cols, other=0.0).to(dtype).to(tl.float32)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / cols + eps)
+    out = weight[None, :] * (x * rstd[:, None]).to(dtype).to(tl.float32)
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * cols + c[None, :], out.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -30,7 +48,7 @@ def _scaled(x, rstd, weight):
 
 
 @triton.jit
-def _norm_kernel(
+def _norm_quantize_kernel(
     x_ptr, update_ptr, weight_ptr, sum_ptr, codes_ptr, scale_ptr, amax_ptr, rows, cols, stride, update_stride, eps,
     UPDATE: tl.constexpr, AMAX: tl.constexpr, STEPS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +94,7 @@ def _add_both(a, b, c, d):
 
 
 @triton.jit
-def _backward_norm_kernel(
+def _norm_backward_kernel(
     grad_ptr, x_ptr, residual_ptr, weight_ptr, dx_ptr, parts_ptr,
     rows, cols, grad_stride, x_stride, residual_stride, eps,
     COLS: tl.constexpr, STAGES: tl.constexpr,
@@ -102,11 +120,29 @@ def _backward_norm_kernel(
     tl.store(parts_ptr + part * cols + c, total, mask=c < cols)
 
 
-# Rows that a program of the forward pass walks down (with column maxima, without, and where there are few rows), rows
-# in flight, and elements of a row that one warp takes, forward and backward.
+_ELEMENTS = 2048  # that a program of the plain norm handles at least, so that short rows share one
+# Of the other two: rows that a program of the forward pass walks down (with column maxima, without, and where there are
+# few rows), rows in flight, and elements of a row that one warp takes, forward and backward.
 _AMAX_STEPS, _STEPS, _FEW_ROWS = 16, 4, 2048
 _STAGES, _WARP = 1, 1024
 _BACKWARD_STAGES, _BACKWARD_WARP = 3, 512
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See ``norm.rms_norm``."""
+    cols = x.shape[-1]
+    # Two strides are enough for heads that lie in the rows of a wider matrix.
+    wide = x.flatten(0, -3) if x.dim() > 2 else x.view(1, -1, cols)
+    wide = contiguous_rows(wide)
+    outer, inner = wide.shape[0], wide.shape[1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    width = triton.next_power_of_2(cols)
+    rows_a_program = max(1, _ELEMENTS // width)
+    _norm_kernel[(triton.cdiv(outer * inner, rows_a_program),)](
+        wide, weight, out, outer * inner, cols, inner, wide.stride(0), wide.stride(1), eps,
+        ROWS=rows_a_program, COLS=width, num_warps=4 if width <= 4096 else 8,
+    )  # fmt: skip
+    return out
 
 
 def norm_quantize(
@@ -120,7 +156,7 @@ def norm_quantize(
     total = torch.empty(0 if update is None else rows, cols, dtype=x.dtype, device=x.device)
     width = triton.next_power_of_2(triton.cdiv(cols, BLOCK)) * BLOCK
     steps = _AMAX_STEPS if amax else _STEPS if rows > _FEW_ROWS else 1
-    _norm_kernel[(triton.cdiv(rows, steps),)](
+    _norm_quantize_kernel[(triton.cdiv(rows, steps),)](
         x, added, weight, total, codes, scale, largest.view(torch.int32), rows, cols, x.stride(0), added.stride(0), eps,
         UPDATE=update is not None, AMAX=amax, STEPS=steps, TILES=width // BLOCK, STAGES=_STAGES,
         num_warps=_warps(width, _WARP),
@@ -137,7 +173,7 @@ def norm_gradients(
     dx = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
     sums = torch.empty(parts, cols, dtype=torch.float32, device=x.device)
     width = triton.next_power_of_2(cols)
-    _backward_norm_kernel[(parts,)](
+    _norm_backward_kernel[(parts,)](
         grad, x, residual, weight, dx, sums, rows, cols, grad.stride(0), x.stride(0), residual.stride(0), eps,
         COLS=width, STAGES=_BACKWARD_STAGES, num_warps=_warps(width, _BACKWARD_WARP),
     )  # fmt: skip

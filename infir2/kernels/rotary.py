@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from infir2.kernels.forward_only import forward_only
+from infir2.kernels.dispatch import inference_on_cuda
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -13,10 +13,10 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     ``q`` and ``k``.
     """
     half = q.shape[-1] // 2
-    if forward_only(q) and half & (half - 1) == 0:  # the kernel takes powers of two
-        from infir2.kernels import forward_only_triton
+    if inference_on_cuda(q) and half & (half - 1) == 0:  # the kernel takes powers of two
+        from infir2.kernels import rotary_triton
 
-        return forward_only_triton.rotate(q, k, cos, sin)
+        return rotary_triton.rotate(q, k, cos, sin)
     return _turned(q, cos, sin), _turned(k, cos, sin)
 
 

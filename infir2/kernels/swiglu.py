@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infir2.kernels import reference
 from infir2.kernels.custom_op import custom_op
-from infir2.kernels.forward_only import forward_only
+from infir2.kernels.dispatch import inference_on_cuda
 from infir2.kernels.operand import empty_rows
 from infir2.kernels.rows import encode_rows
 
@@ -24,10 +24,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up of two tensors of one shape, in their dtype, each factor rounded to it."""
-    if forward_only(gate):
-        from infir2.kernels import forward_only_triton
+    if inference_on_cuda(gate):
+        from infir2.kernels import swiglu_triton
 
-        return forward_only_triton.silu_mul(gate, up)
+        return swiglu_triton.silu_mul(gate, up)
     return F.silu(gate) * up
 
 

@@ -1,4 +1,7 @@
-"""Triton kernels of SwiGLU to row codes, forward and backward; see ``swiglu``, which holds their twins."""
+"""Triton kernels of SwiGLU: to row codes, forward and backward, and plain where no gradient is wanted.
+
+``swiglu`` holds their twins. Imported only where CUDA tensors are met.
+"""
 
 import torch
 import triton
@@ -6,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infir2.kernels.codes_triton import raise_maxima, store_maxima, store_tiles, strip_grid, to_float32
-from infir2.kernels.operand import empty_rows, zeroed_rows
+from infir2.kernels.operand import contiguous_rows, empty_rows, zeroed_rows
 from infir2.kernels.reference import BLOCK
 
 
@@ -105,6 +108,18 @@ def _swiglu_backward_kernel(
         store_maxima(grad_amax_ptr + inner, up_columns, up_highest, c, c < inner, 2 * inner)
 
 
+@triton.jit
+def _silu_mul_kernel(gate_ptr, up_ptr, out_ptr, cols, gate_stride, up_stride, SIZE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    inside = c < cols
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    gate = tl.load(gate_ptr + row * gate_stride + c, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + c, mask=inside, other=0.0).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(out_ptr + row * cols + c, (silu * up).to(dtype), mask=inside)
+
+
 # Shapes of the launches: rows of a tile of 128 columns, tiles of a strip, tiles in flight, warps. Where column maxima
 # are taken strips are long and tiles small: in one warp no reduction waits for another.
 _FORWARD = {"ROWS": 16, "STEPS": 1, "STAGES": 1, "num_warps": 4}
@@ -137,6 +152,18 @@ def swiglu_backward_quantize(
         CODES=gate_up.dtype == torch.float8_e4m3fn, AMAX=amax, **shape,
     )  # fmt: skip
     return grad_codes, grad_scale, grad_amax, codes, scale, largest
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """See ``swiglu.silu_mul``."""
+    cols = gate.shape[-1]
+    flat_gate, flat_up = contiguous_rows(gate.flatten(0, -2)), contiguous_rows(up.flatten(0, -2))
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    size = 1024
+    _silu_mul_kernel[(flat_gate.shape[0], triton.cdiv(cols, size))](
+        flat_gate, flat_up, out, cols, flat_gate.stride(0), flat_up.stride(0), SIZE=size, num_warps=4
+    )
+    return out
 
 
 def _whole_tiles(inner: int) -> int:

@@ -268,7 +268,7 @@ def test_joined_biases_follow_their_parameters_in_place(monkeypatch: pytest.Monk
 
     def logits(joined: bool) -> Tensor:
         with torch.no_grad(), monkeypatch.context() as patch:
-            patch.setattr(group_module, "forward_only", lambda x: joined)
+            patch.setattr(group_module, "inference_on_cuda", lambda x: joined)
             return model(ids, positions, causal_attention)
 
     torch.testing.assert_close(logits(True), logits(False))
