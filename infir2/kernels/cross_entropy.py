@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infir2.kernels.logit_chunks import HELD_CHUNKS, add_product, chunk_tokens, chunks
 from infir2.kernels.matmul import pad_tokens, scaled_mm
 from infir2.kernels.operand import empty_operand
 from infir2.kernels.quantize import quantize
 from infir2.kernels.reference import BLOCK
-from infir2.kernels.rows import encode_rows, quantize_rows
+from infir2.kernels.row_codes import encode_rows, quantize_rows
 from infir2.kernels.transpose import transpose_operand, transpose_tiles_into
-from infir2.kernels.vocabulary import HELD_CHUNKS, add_product, chunk_tokens, chunks
 
 Codes = tuple[Tensor, Tensor]
 """Row codes and their scales."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infir2.kernels.vocabulary import add_product, chunks
+from infir2.kernels.logit_chunks import add_product, chunks
 
 
 def token_logprobs(

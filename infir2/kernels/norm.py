@@ -15,7 +15,7 @@ from torch import Tensor
 from infir2.kernels.custom_op import custom_op
 from infir2.kernels.dispatch import inference_on_cuda
 from infir2.kernels.operand import empty_rows
-from infir2.kernels.rows import encode_rows
+from infir2.kernels.row_codes import encode_rows
 
 BACKWARD_PARTS = 528
 """Programs of the backward kernel, whatever the device: the weight's gradient is the sum of so many partial sums."""
@@ -91,7 +91,7 @@ def _empty_norm_quantize(
 def norm_quantize(
     x: Tensor, weight: Tensor, eps: float, amax: bool, update: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(codes, scale, amax) of rms_norm(x + update), as ``rows`` says, and x + update, all [tokens, features].
+    """(codes, scale, amax) of rms_norm(x + update), as ``row_codes`` says, and x + update, all [tokens, features].
 
     Without an update those of rms_norm(x), and a matrix without rows.
     """

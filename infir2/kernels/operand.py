@@ -21,7 +21,7 @@ def empty_operand(rows: int, cols: int, granularity: str, device: torch.device) 
 
 
 def empty_rows(rows: int, cols: int, amax: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised codes, scales and amax of row codes (see ``rows``); amax has no elements unless it is wanted."""
+    """Uninitialised codes, scales and amax of row codes (see ``row_codes``); without columns unless amax is wanted."""
     largest = torch.empty(AMAX_PARTS, cols if amax else 0, dtype=torch.float32, device=device)
     return *empty_operand(rows, cols, "tile", device), largest
 

@@ -14,7 +14,7 @@ from infir2.kernels import reference
 from infir2.kernels.operand import empty_operand
 from infir2.kernels.paged_layout import PagedCache, PagedLayout
 from infir2.kernels.reference import BLOCK, FP8
-from infir2.kernels.rows import quantize_rows
+from infir2.kernels.row_codes import quantize_rows
 
 _GATHERED = 1 << 26  # float32 keys gathered at a time: 256 MiB, and as much for values
 
@@ -62,8 +62,10 @@ def attend(q: Tensor, cache: PagedCache, layout: PagedLayout) -> Tensor:
 
 
 def attend_quantize(q: Tensor, cache: PagedCache, layout: PagedLayout, rows: int) -> tuple[Tensor, Tensor]:
-    """(codes, scale): ``attend`` [tokens, heads * head_dim] as row codes (see ``rows``), with room for ``rows`` rows;
-    what follows the last token's row is not initialised."""
+    """(codes, scale): ``attend`` [tokens, heads * head_dim] as row codes (see ``row_codes``), room for ``rows``.
+
+    What follows the last token's row is not initialised.
+    """
     tokens, heads, head_dim = q.shape
     codes, scale = empty_operand(rows, heads * head_dim, "tile", q.device)
     if q.is_cuda and head_dim == BLOCK and layout.decoding == tokens:

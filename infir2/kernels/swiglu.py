@@ -13,7 +13,7 @@ from infir2.kernels import reference
 from infir2.kernels.custom_op import custom_op
 from infir2.kernels.dispatch import inference_on_cuda
 from infir2.kernels.operand import empty_rows
-from infir2.kernels.rows import encode_rows
+from infir2.kernels.row_codes import encode_rows
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

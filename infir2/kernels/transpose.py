@@ -35,7 +35,7 @@ def _empty_transpose_rows(codes: Tensor, scale: Tensor, amax: Tensor, granularit
 
 @custom_op(_empty_transpose_rows)
 def transpose_rows(codes: Tensor, scale: Tensor, amax: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
-    """Codes [cols, rows] and scales of the transpose of the row codes; see ``rows``.
+    """Codes [cols, rows] and scales of the transpose of the row codes; see ``row_codes``.
 
     granularity: ``tile`` (1x128 along the old rows), or ``channel`` (one scale each, from ``amax``).
     """

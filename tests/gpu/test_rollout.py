@@ -11,7 +11,7 @@ from infir2.fp8.recipe import recipe_named
 from infir2.kernels import paged_attention, paged_layout
 from infir2.kernels.paged_layout import PagedCache, PagedLayout
 from infir2.kernels.reference import FP8
-from infir2.kernels.rows import quantize_rows
+from infir2.kernels.row_codes import quantize_rows
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
 from infir2.rollout.engine import Engine

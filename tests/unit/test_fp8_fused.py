@@ -16,7 +16,7 @@ from infir2.fp8.linear import Fp8Linear
 from infir2.fp8.recipe import recipe_named
 from infir2.kernels import reference
 from infir2.kernels.norm import fork, norm_quantize, rms_norm
-from infir2.kernels.rows import quantize_rows
+from infir2.kernels.row_codes import quantize_rows
 from infir2.kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_quantize, swiglu_quantize
 from infir2.kernels.transpose import transpose_rows
 from infir2.model.attention import causal_attention

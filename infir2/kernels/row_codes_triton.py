@@ -1,4 +1,4 @@
-"""Triton kernel of row codes; ``rows`` defines them. Imported only where a CUDA tensor is quantised.
+"""Triton kernel of row codes; ``row_codes`` defines them. Imported only where a CUDA tensor is quantised.
 
 Tiles are small, so that many programs share a multiprocessor, and where column maxima are taken each program walks down
 a strip of rows and keeps them in registers until its end. Inside a strip 32 bits hold every offset.
@@ -44,7 +44,7 @@ _STRIP = {"ROWS": 4, "STEPS": 32, "STAGES": 3, "num_warps": 1}
 
 
 def quantize_rows(x: Tensor, amax: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``rows.quantize_rows``."""
+    """See ``row_codes.quantize_rows``."""
     x = contiguous_rows(x)
     rows, cols = x.shape
     codes, scale, largest = zeroed_rows(rows, cols, amax, x.device)

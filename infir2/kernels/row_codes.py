@@ -38,6 +38,6 @@ def quantize_rows(x: Tensor, amax: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, scale, amax) of ``x`` [rows, cols], bfloat16 or float32."""
     if not x.is_cuda:
         return encode_rows(x, amax)
-    from infir2.kernels import rows_triton
+    from infir2.kernels import row_codes_triton
 
-    return rows_triton.quantize_rows(x, amax)
+    return row_codes_triton.quantize_rows(x, amax)

@@ -12,8 +12,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from infir2.kernels.reference import BLOCK
-
 
 @dataclass(frozen=True)
 class Split:
@@ -44,19 +42,19 @@ class Split:
 
     @cached_property
     def most(self) -> int:
-        """Parts of the tile that has most."""
+        """PartialSums of the tile that has most."""
         return max(map(self.parts, range(self.tiles)))
 
 
 @dataclass(frozen=True)
-class Parts:
+class PartialSums:
     """Sums that make up a matrix [rows, outputs] when they are added and rounded."""
 
     sums: Tensor
     """float32 [most parts, rows, outputs]; of a tile that has fewer parts, the rest is not initialised."""
     split: Split
 
-    def added(self, dtype: torch.dtype) -> Tensor:
+    def total(self, dtype: torch.dtype) -> Tensor:
         """The matrix [rows, outputs]."""
         width = self.sums.shape[2] // self.split.tiles
         counts = torch.tensor([self.split.parts(tile) for tile in range(self.split.tiles)], device=self.sums.device)
@@ -64,9 +62,3 @@ class Parts:
         for part in range(1, self.split.most):
             total = torch.where((part < counts).repeat_interleave(width), total + self.sums[part], total)
         return total.to(dtype)
-
-
-def split_evenly(outputs: int, contraction: int, cols: int, parts: int) -> Split:
-    """Every tile of ``cols`` columns shared by ``parts`` programs."""
-    tiles = outputs // cols
-    return Split(tiles, contraction // BLOCK, tiles * parts)

@@ -23,7 +23,7 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
-def place_heads(
+def rotate_qkv_into_cache(
     qkv: Tensor,
     bias: Tensor | None,
     norms: HeadNorms | None,
@@ -38,9 +38,9 @@ def place_heads(
     [tokens, head_dim / 2], ``slots`` int64 [tokens].
     """
     if qkv.is_cuda:
-        from infir2.kernels import heads_triton
+        from infir2.kernels import rotary_qkv_cache_triton
 
-        return heads_triton.place_heads(qkv, bias, norms, cos, sin, cache, slots)
+        return rotary_qkv_cache_triton.rotate_qkv_into_cache(qkv, bias, norms, cos, sin, cache, slots)
     kv_heads, head_dim = cache.keys.shape[2:]
     qkv = qkv[: slots.numel()] if bias is None else qkv[: slots.numel()] + bias
     parts = qkv.unflatten(-1, (-1, head_dim))
