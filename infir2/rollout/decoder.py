@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infir2.kernels.paged_layout import PagedLayout
+from infir2.kernels.sample import SamplingBatch, sample
 from infir2.rollout.fused_decode import FusedDecode
 from infir2.rollout.runner import PagedAttention, Runner
-from infir2.rollout.sampler import SamplingBatch, sample
 from infir2.rollout.sequence import Sequence
 from infir2.rollout.upload import pinned
 
