@@ -16,7 +16,10 @@ from infir2.kernels.split_k import PartialSums
 
 
 def add_norm(residual: Tensor, branch: Tensor | PartialSums, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(residual', normed), [rows, features] each; ``branch`` [rows, features] in the dtype of the residual."""
+    """(residual', normed), like the residual [rows, features].
+
+    ``branch`` [rows, features] in the same dtype, or its partial sums; weight [features].
+    """
     if residual.is_cuda:
         from infir2.kernels import add_norm_triton
 
@@ -31,7 +34,7 @@ def add_norm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(residual', codes, scale): normed as row codes (see ``row_codes``), with room for ``rows`` rows.
 
-    What follows the last row of the residual is not initialised.
+    What follows the last row of the residual is not initialised. Arguments as in ``add_norm``.
     """
     codes, scale = empty_operand(rows, residual.shape[1], "tile", residual.device)
     if residual.is_cuda:

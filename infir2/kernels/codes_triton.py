@@ -15,11 +15,10 @@ kernels' files.
 import triton
 import triton.language as tl
 
-from infir2.kernels.operand import AMAX_PARTS
+from infir2.kernels import operand
 from infir2.kernels.reference import BLOCK
 
-PARTS = tl.constexpr(AMAX_PARTS)
-"""Rows of an amax."""
+AMAX_PARTS = tl.constexpr(operand.AMAX_PARTS)
 
 
 @triton.jit
@@ -177,7 +176,7 @@ def store_maxima(amax_ptr, columns, rows, c, inside, cols):
     """
     bits = tl.reduce(columns, 0, larger).to(tl.int32, bitcast=True)
     finite = tl.reduce(rows, 0, larger).to(tl.int32, bitcast=True) < 0x7F800000
-    part = tl.program_id(0) % PARTS
+    part = tl.program_id(0) % AMAX_PARTS
     tl.atomic_max(amax_ptr + part * cols + c, tl.where(finite, bits, 0x7FC00000), mask=inside, sem="relaxed")
 
 

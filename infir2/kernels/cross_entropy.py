@@ -153,8 +153,9 @@ def softmax_gradient_(
     """-log softmax(logits)[label] of every row, float32 [rows], 0 where the label equals ``ignore``, and what is asked
     for of the gradient of their sum, softmax - onehot (0 in ignored rows), computed in float32.
 
-    gradient: it overwrites the logits [rows, vocabulary], rounded to their dtype. encode: its row codes and scales come
-    back, of whole tiles of rows on a GPU.
+    logits [rows, vocabulary] in any float dtype, labels int64 [rows]. gradient: it overwrites the logits, rounded to
+    their dtype. encode: its row codes and scales (see ``row_codes``) come back; on a GPU with rows of zeros up to a
+    multiple of 128.
     """
     if logits.is_cuda:
         from infir2.kernels import cross_entropy_triton

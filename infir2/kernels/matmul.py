@@ -42,7 +42,10 @@ def describe_backend(device: torch.device) -> tuple[str, str]:
 
 
 def pad_tokens(x: Tensor) -> Tensor:
-    """The hardware GEMM wants whole 128-token blocks: append zero rows, which add nothing to any product."""
+    """``x`` [tokens, features]; on a GPU with rows of zeros up to a multiple of 128, as the hardware GEMM wants it.
+
+    They add nothing to any product.
+    """
     missing = -x.shape[0] % BLOCK if x.is_cuda else 0
     return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
 
@@ -78,7 +81,8 @@ def _scaled_mm(
 ) -> Tensor:
     """a @ b.T: codes [M, K] and [N, K] with their scales -> [M, N] in ``out_dtype``, bfloat16 or float32.
 
-    Sums are float32. Scales as made by ``infir2.kernels.quantize``.
+    Sums are float32. Granularities as in ``reference``, scales laid out as ``operand`` says. ValueError for an unknown
+    granularity.
     """
     if not a.is_cuda:
         return reference.scaled_mm(a, a_scale, a_granularity, b, b_scale, b_granularity, out_dtype)
@@ -106,7 +110,11 @@ scaled_mm_again = custom_op(_empty_scaled_mm, "scaled_mm_again")(_scaled_mm)
 def multiply_rows(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, rows: int, out_dtype: torch.dtype
 ) -> Tensor | PartialSums:
-    """The first ``rows`` rows of ``scaled_mm`` of ``tile`` and ``block`` operands, for a caller who can add parts."""
+    """The first ``rows`` rows of a @ b.T, for a caller who can add partial sums (see ``split_k``).
+
+    Codes [rows or more, contraction] with ``tile`` scales and [outputs, contraction] with ``block`` scales -> [rows,
+    outputs] in ``out_dtype``, or what adds up to that.
+    """
     if a.is_cuda and _few_tiles(a, b, "tile", "block"):
         from infir2.kernels import split_k_triton
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infir2.kernels.codes_triton import PARTS, encode_tiles, raise_maxima, to_float32
+from infir2.kernels.codes_triton import AMAX_PARTS, encode_tiles, raise_maxima, to_float32
 from infir2.kernels.operand import contiguous_rows, zeroed_rows
 from infir2.kernels.reference import BLOCK
 
@@ -84,7 +84,7 @@ def _norm_quantize_kernel(
     if AMAX:
         finite = (highest.to(tl.int32, bitcast=True) < 0x7F800000)[:, None]
         bits = tl.where(finite, columns.to(tl.int32, bitcast=True), 0x7FC00000)
-        part = tl.program_id(0) % PARTS
+        part = tl.program_id(0) % AMAX_PARTS
         tl.atomic_max(amax_ptr + part * cols + c, bits, mask=c < cols, sem="relaxed")
 
 

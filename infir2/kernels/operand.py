@@ -15,13 +15,13 @@ AMAX_PARTS = 8
 
 
 def empty_operand(rows: int, cols: int, granularity: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Uninitialised codes and scales of a [rows, cols] operand."""
+    """Uninitialised codes and scales of a [rows, cols] operand. ValueError for an unknown granularity."""
     codes = torch.empty(rows, cols, dtype=FP8, device=device)
     return codes, _empty_scale(reference.scale_shape(granularity, rows, cols), granularity, device)
 
 
 def empty_rows(rows: int, cols: int, amax: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised codes, scales and amax of row codes (see ``row_codes``); without columns unless amax is wanted."""
+    """Uninitialised codes, scales and amax of row codes (see ``row_codes``). Without ``amax`` that has no columns."""
     largest = torch.empty(AMAX_PARTS, cols if amax else 0, dtype=torch.float32, device=device)
     return *empty_operand(rows, cols, "tile", device), largest
 
@@ -47,5 +47,6 @@ def _empty_scale(shape: tuple[int, int], granularity: str, device: torch.device)
 
 
 def with_layout(scale: Tensor, granularity: str) -> Tensor:
+    """A copy of float32 scales [rows, cols] that lies as those of this granularity do."""
     out = _empty_scale((scale.shape[0], scale.shape[1]), granularity, scale.device)
     return out.copy_(scale)

@@ -20,7 +20,10 @@ _GATHERED = 1 << 26  # float32 keys gathered at a time: 256 MiB, and as much for
 
 
 def write(cache: PagedCache, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-    """Store the keys and values [tokens, kv_heads, head_dim] of new tokens in the slots (int64 [tokens]), in place."""
+    """Store the keys and values [tokens, kv_heads, head_dim] of new tokens in the slots (int64 [tokens]), in place.
+
+    Any float dtype: an FP8 cache gets codes and scales, any other its own dtype.
+    """
     if keys.is_cuda:
         from infir2.kernels import paged_attention_triton
 
@@ -37,7 +40,7 @@ def write(cache: PagedCache, keys: Tensor, values: Tensor, slots: Tensor) -> Non
 
 
 def attend(q: Tensor, cache: PagedCache, layout: PagedLayout) -> Tensor:
-    """Causal attention of the new tokens: q [tokens, heads, head_dim] -> the same shape and dtype.
+    """Causal attention of the new tokens, whose keys are in the cache: q [tokens, heads, head_dim] -> like q.
 
     Consecutive groups of heads / kv_heads heads share keys and values. Scores are scaled by head_dim ** -0.5.
     """

@@ -29,6 +29,7 @@ class PagedCache:
 
     @property
     def num_bytes(self) -> int:
+        """Of keys, values and scales together."""
         tensors = (self.keys, self.values, self.key_scale, self.value_scale)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 

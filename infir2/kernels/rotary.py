@@ -1,4 +1,9 @@
-"""Rotary positions: dimensions i and i + head_dim / 2 of a head are turned by an angle."""
+"""Rotary positions (Su et al.: RoFormer, 2021): dimensions i and i + head_dim / 2 of a head are turned by an angle.
+
+    a' = a cos - b sin,   b' = b cos + a sin
+
+Which dimensions make a pair is as in Hugging Face's models, whose weights it has to fit.
+"""
 
 import torch
 from torch import Tensor
@@ -7,7 +12,7 @@ from infir2.kernels.dispatch import inference_on_cuda
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn every head of queries and keys [batch, length, heads, head_dim].
+    """Turn every head of queries [batch, length, heads, head_dim] and keys [batch, length, kv_heads, head_dim].
 
     ``cos`` and ``sin`` are float32 [batch, length, head_dim / 2]; the result is float32, rounded once to the dtype of
     ``q`` and ``k``.

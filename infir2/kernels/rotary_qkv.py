@@ -63,9 +63,11 @@ def _empty_rotate_qkv_backward_quantize(
 def rotate_qkv_backward_quantize(
     dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, rows: int, amax: bool, bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From the gradients of q, k and v, shaped as ``rotate_qkv`` gives those, that of its qkv as row codes: (codes,
-    scale, amax) as ``row_codes`` says, of ``rows`` tokens, those that are missing being zeros; and that of the bias in
-    float32, as rows to be added up (none unless ``bias``)."""
+    """From the gradients of what ``rotate_qkv`` gives, shaped alike, that of its qkv as row codes, and of its bias.
+
+    (codes, scale, amax) as ``row_codes`` says, of ``rows`` tokens, those that are missing being zeros; then float32
+    rows to be added up to the bias's gradient (none unless ``bias``). amax: whether the columns' maxima are taken.
+    """
     if dq.is_cuda:
         from infir2.kernels import rotary_qkv_triton
 

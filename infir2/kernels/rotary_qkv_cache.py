@@ -16,7 +16,7 @@ from infir2.kernels.rotary import rotate
 
 
 class HeadNorms(NamedTuple):
-    """Norms of queries and keys, over one head."""
+    """Norms of queries and keys, over one head; weights [head_dim]."""
 
     query_weight: Tensor
     key_weight: Tensor
@@ -34,8 +34,8 @@ def rotate_qkv_into_cache(
 ) -> Tensor:
     """Store the tokens' keys and values in their slots; returns their queries [tokens, heads, head_dim].
 
-    ``qkv`` has [tokens or more, (heads + 2 kv_heads) * head_dim], ``bias`` its dtype; ``cos`` and ``sin`` are float32
-    [tokens, head_dim / 2], ``slots`` int64 [tokens].
+    qkv [tokens or more, (heads + 2 kv_heads) * head_dim], bias its width and dtype; cos and sin float32 [tokens,
+    head_dim / 2], slots int64 [tokens].
     """
     if qkv.is_cuda:
         from infir2.kernels import rotary_qkv_cache_triton

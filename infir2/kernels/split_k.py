@@ -4,6 +4,8 @@ The work is a line of steps, one for each 128 terms of the contraction of each t
 programs take equal pieces of that line. So one tile's contraction is shared by neighbours, each of which leaves the
 sums of its own terms, and these are always added in the order of the line. How many programs there are depends on the
 weights alone: what a token's product is does not depend on how many other tokens there are.
+
+Where all tiles have equally many parts that is split-K, else Stream-K (Osama et al., 2023).
 """
 
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Split:
-    """How the programs share the work."""
+    """How the programs share the work of one product."""
 
     tiles: int
     """Tiles of columns."""
@@ -55,7 +57,7 @@ class PartialSums:
     split: Split
 
     def total(self, dtype: torch.dtype) -> Tensor:
-        """The matrix [rows, outputs]."""
+        """The matrix [rows, outputs] in ``dtype``, its parts added in their order in float32."""
         width = self.sums.shape[2] // self.split.tiles
         counts = torch.tensor([self.split.parts(tile) for tile in range(self.split.tiles)], device=self.sums.device)
         total = self.sums[0]

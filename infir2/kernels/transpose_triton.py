@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infir2.kernels.codes_triton import PARTS, magnitude_bits, scale_and_reciprocal
+from infir2.kernels.codes_triton import AMAX_PARTS, magnitude_bits, scale_and_reciprocal
 from infir2.kernels.operand import empty_operand
 from infir2.kernels.reference import BLOCK
 
@@ -59,7 +59,7 @@ def _transpose_kernel(
     v3 = _load_values(codes_ptr, scale_ptr, 4 * word + 3, c, col_block, rows, cols)
     if CHANNEL:
         bits = tl.zeros([128], tl.int32)
-        for part in tl.static_range(PARTS):
+        for part in tl.static_range(AMAX_PARTS):
             largest = tl.load(amax_ptr + part * cols + c, mask=c < cols, other=0.0)
             bits = tl.maximum(bits, magnitude_bits(largest))
     else:
@@ -112,7 +112,7 @@ def transpose_tiles_into(codes: Tensor, scale: Tensor, codes_t: Tensor, scale_t:
 
 
 def transpose_codes(codes: Tensor) -> Tensor:
-    """codes.T, contiguous, of a contiguous matrix of one-byte elements."""
+    """See ``transpose.transpose_codes``."""
     rows, cols = codes.shape
     codes_t = torch.empty(cols, rows, dtype=codes.dtype, device=codes.device)
     words = _words(codes_t)
