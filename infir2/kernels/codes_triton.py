@@ -1,15 +1,16 @@
 """Triton functions that kernels share: FP8 codes and scales of numbers in registers, by the rules of ``reference``.
 
-Each row has one scale. There are two ways to the same codes and scales:
+Each row has one scale, a power of two: dividing by it is multiplying by its exact reciprocal. There are two ways to the
+same codes and scales:
 
 - ``encode``, of rows of any width, in Triton's own operations: for heads, and for kernels of a few tokens.
 - ``encode_tiles``, of rows of 128, for kernels over whole matrices, which are bound by instructions as much as by
-  memory. So there a scale is never divided by but multiplied by its exact reciprocal; maxima are taken of floats, whose
-  absolute values cost nothing; four codes are made at a time and wiped by one mask where their row is not finite. With
-  it comes the largest magnitude of every column of a matrix, the ``amax`` of row codes (see ``row_codes``).
+  memory. So maxima are taken of floats, whose absolute values cost nothing, and four codes are made at a time and wiped
+  by one mask where their row is not finite. With it comes the largest magnitude of every column of a matrix, the
+  ``amax`` of row codes (see ``row_codes``).
 
-Bits of magnitudes are int32: they order like the numbers, Inf and NaN above every finite one. Imported only by the
-kernels' files.
+(``quantize_triton``, which also knows other scales, divides.) Bits of magnitudes are int32: they order like the numbers,
+Inf and NaN above every finite one. Imported only by the kernels' files.
 """
 
 import triton
