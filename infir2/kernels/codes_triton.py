@@ -9,8 +9,8 @@ same codes and scales:
   by one mask where their row is not finite. With it comes the largest magnitude of every column of a matrix, the
   ``amax`` of row codes (see ``row_codes``).
 
-(``quantize_triton``, which also knows other scales, divides.) Bits of magnitudes are int32: they order like the numbers,
-Inf and NaN above every finite one. Imported only by the kernels' files.
+``quantize_triton``, which also knows other scales, divides. Bits of magnitudes are int32: they order like the numbers,
+Inf and NaN above every finite one.
 """
 
 import triton
