@@ -32,9 +32,9 @@ from infir2.train.optimizer import build_optimizer
 
 # Kernel families of --profile: the first pattern that a kernel's name matches.
 _FAMILIES = (
-    ("attention", r"cudnn|flash|fmha|sdpa|attention|_(decode|join|prompt|write|place)_kernel"),
+    ("attention", r"cudnn|flash|fmha|sdpa|attention|_(decode|join|prompt|write|into_cache)_kernel"),
     ("quantise", r"_tile_kernel|_cast_kernel|_amax_kernel|_rows_kernel|_transpose"),
-    ("norm, rotary, SwiGLU (and quantise)", r"_norm_kernel|_swiglu|_silu_mul|_rotate_kernel"),
+    ("norm, rotary, SwiGLU (and quantise)", r"_norm_(quantize_|backward_)?kernel|_swiglu|_silu_mul|_rotate_kernel"),
     ("sampling", r"_sums_kernel|_draw_kernel|_filter_kernel"),
     ("cross-entropy", r"_softmax_gradient"),
     ("gemm fp8", r"nvjet_sm\d+_qq|e4m3|fp8|f8|_parts_kernel"),

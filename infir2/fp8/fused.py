@@ -18,10 +18,10 @@ from infir2.fp8.tensor import Operand
 from infir2.kernels.matmul import pad_tokens, scaled_mm, scaled_mm_again
 from infir2.kernels.norm import norm_quantize, rms_norm, rms_norm_backward
 from infir2.kernels.reference import BLOCK
-from infir2.kernels.rows import quantize_rows
+from infir2.kernels.rotary_qkv import heads_fit, rotate_qkv, rotate_qkv_backward, rotate_qkv_backward_quantize
+from infir2.kernels.row_codes import quantize_rows
 from infir2.kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_quantize, swiglu_quantize
 from infir2.kernels.transpose import transpose_operand
-from infir2.kernels.turned_heads import fits, side_by_side_gradient, turned_heads, turned_heads_gradient
 
 MlpActivations = Literal["fp8", "bf16", "recompute"]
 """How gate and up wait for the backward pass: as FP8 codes, as they are, or not at all (their GEMM is run again)."""
@@ -58,7 +58,7 @@ def _row_coded(module: nn.Module, names: tuple[str, ...], biased: bool = True) -
 
 def _turnable(head_dim: int, linears: list[Fp8Linear]) -> bool:
     biased = {linear.bias is not None for linear in linears}
-    return len(biased) == 1 and fits(head_dim, [linear.out_features for linear in linears])
+    return len(biased) == 1 and heads_fit(head_dim, [linear.out_features for linear in linears])
 
 
 class FusedProjections:
@@ -155,15 +155,15 @@ class _Heads(torch.autograd.Function):
         ctx.save_for_backward(*kept, cos, sin)
         ctx.biased = len(biases) > 0
         bias = torch.cat(biases).to(y.dtype) if biases else None
-        return *turned_heads(y, bias, cos, sin, kv_heads), x
+        return *rotate_qkv(y, bias, cos, sin, kv_heads), x
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, residual: Tensor) -> tuple[Any, ...]:
         *kept, cos, sin = ctx.saved_tensors
         rows = kept[2].shape[0]  # of the codes: whole tiles on a GPU
-        *g_saved, sums = turned_heads_gradient(dq, dk, dv, cos, sin, rows, ctx.recipe.channel_wgrad, ctx.biased)
+        *g_saved, sums = rotate_qkv_backward_quantize(dq, dk, dv, cos, sin, rows, ctx.recipe.channel_wgrad, ctx.biased)
         if ctx.measured is not None:
-            g = pad_tokens(side_by_side_gradient(dq, dk, dv, cos, sin))
+            g = pad_tokens(rotate_qkv_backward(dq, dk, dv, cos, sin))
             _measure_gradient(ctx.measured, g, g_saved[0], g_saved[1], ctx.sizes)
         dx, d_norm, dw = _project_backward(ctx, g_saved, residual, kept, any(ctx.needs_input_grad[11:14]))
         db = sums.sum(0).to(ctx.dtype).split(ctx.sizes) if ctx.biased else ()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infir2.fp8.linear import Fp8Linear
 from infir2.fp8.tensor import Operand
-from infir2.kernels.forward_only import forward_only
+from infir2.kernels.dispatch import inference_on_cuda
 from infir2.kernels.reference import BLOCK
 
 
@@ -54,7 +54,7 @@ class LinearGroup:
 
     def outputs(self, y: Tensor) -> tuple[Tensor, ...]:
         """The GEMM's result [..., all out_features], cut into each layer's output, with biases where there are any."""
-        if forward_only(y) and all(linear.bias is not None for linear in self.linears):
+        if inference_on_cuda(y) and all(linear.bias is not None for linear in self.linears):
             return (y + self.joined_bias(y)).split(self.sizes, dim=-1)
         pairs = zip(y.split(self.sizes, dim=-1), self.linears, strict=True)
         return tuple(part if linear.bias is None else part + linear.bias.to(y.dtype) for part, linear in pairs)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from infir2.fp8.recipe import Recipe
 from infir2.fp8.tensor import Operand, Saved, quantize_twice_used, transposed_operand
 from infir2.kernels.matmul import pad_tokens
-from infir2.kernels.rows import quantize_rows
+from infir2.kernels.row_codes import quantize_rows
 
 
 class Fp8Linear(nn.Linear):

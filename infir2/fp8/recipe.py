@@ -7,7 +7,7 @@ With x [tokens, in], W [out, in] and the output's gradient g [tokens, out]:
     wgrad   dW = g^T x      contraction over tokens   operands g^T, x^T
 
 Every operand is E4M3. x and g each take part in two GEMMs: with 1x128 tiles and power-of-two scales they are quantised
-once, and x^T and g^T are derived from those codes (``infir2.kernels.rows``).
+once, and x^T and g^T are derived from those codes (``infir2.kernels.row_codes``).
 
 ``blockwise`` is the recipe of the InfiR2 paper (arXiv 2509.22536, after DeepSeek-V3); ``hybrid`` replaces its weight
 gradient's 1x128 tiles by one scale a channel, which runs faster on Hopper.

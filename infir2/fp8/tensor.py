@@ -7,7 +7,7 @@ from torch import Tensor
 
 from infir2.kernels import matmul, reference
 from infir2.kernels import quantize as quantizer
-from infir2.kernels.rows import quantize_rows
+from infir2.kernels.row_codes import quantize_rows
 from infir2.kernels.transpose import transpose_operand, transpose_rows
 
 
@@ -68,7 +68,8 @@ def quantize_twice_used(
 ) -> tuple[Operand, Saved]:
     """The operand of ``x`` [rows, cols], and what ``transposed_operand`` needs to make that of x.T.
 
-    derive: x.T's codes come from the codes of ``x`` (see ``infir2.kernels.rows``); else both are made from ``x`` now.
+    derive: x.T's codes come from the codes of ``x`` (see ``infir2.kernels.row_codes``); else both are made from ``x``
+    now.
     """
     if derive:
         saved = quantize_rows(x, transposed == "channel")

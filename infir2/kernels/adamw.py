@@ -1,5 +1,9 @@
 """AdamW with both moments in bfloat16: one pass reads parameter, gradient and moments, and writes all but the gradient.
 
+    m = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g^2
+    p = p (1 - lr decay) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
+
+That is AdamW (Loshchilov, Hutter: Decoupled weight decay regularization, 2019) as torch computes it.
 All arithmetic is float32 and starts from the stored numbers. The update of the parameter, which stays float32, uses the
 new moments before they are rounded. They are rounded stochastically (see ``rounding``), because to nearest a change of
 less than half a bfloat16 step, 0.2 to 0.4 %, is always lost, and a moment may move by little more than that.

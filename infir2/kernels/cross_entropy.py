@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infir2.kernels.logit_chunks import HELD_CHUNKS, add_product, chunk_tokens, chunks
 from infir2.kernels.matmul import pad_tokens, scaled_mm
 from infir2.kernels.operand import empty_operand
 from infir2.kernels.quantize import quantize
 from infir2.kernels.reference import BLOCK
-from infir2.kernels.rows import encode_rows, quantize_rows
+from infir2.kernels.row_codes import encode_rows, quantize_rows
 from infir2.kernels.transpose import transpose_operand, transpose_tiles_into
-from infir2.kernels.vocabulary import HELD_CHUNKS, add_product, chunk_tokens, chunks
 
 Codes = tuple[Tensor, Tensor]
 """Row codes and their scales."""
@@ -155,8 +155,9 @@ def softmax_gradient_(
     """-log softmax(logits)[label] of every row, float32 [rows], 0 where the label equals ``ignore``, and what is asked
     for of the gradient of their sum, softmax - onehot (0 in ignored rows), computed in float32.
 
-    gradient: it overwrites the logits [rows, vocabulary], rounded to their dtype. encode: its row codes and scales come
-    back, of whole tiles of rows on a GPU.
+    logits [rows, vocabulary] in any float dtype, labels int64 [rows]. gradient: it overwrites the logits, rounded to
+    their dtype. encode: its row codes and scales (see ``row_codes``) come back; on a GPU with rows of zeros up to a
+    multiple of 128.
     """
     if logits.is_cuda:
         from infir2.kernels import cross_entropy_triton

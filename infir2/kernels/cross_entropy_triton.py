@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from infir2.kernels.codes_triton import encode_tiles
 from infir2.kernels.operand import empty_rows
 from infir2.kernels.reference import BLOCK
-from infir2.kernels.rows_triton import _encode_rows
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _VECTOR = tl.constexpr(8)  # numbers that a thread reads at once
@@ -53,7 +53,7 @@ def _write_gradient(
         else:
             tl.store(logits + start + place, gradient, mask=inside)
     if ENCODE:
-        encoded, scales, _ = _encode_rows(gradient)
+        encoded, scales, _ = encode_tiles(gradient)
         first = start // 128 + tile
         if WHOLE:
             tl.store(codes + start + place, encoded)

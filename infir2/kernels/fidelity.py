@@ -9,9 +9,10 @@ _LARGEST = 0x7E  # the bits of 448
 
 
 def fidelity(values: Tensor, codes: Tensor, scale: Tensor, granularity: str) -> Tensor:
-    """Of an operand [rows, cols] and the ``values`` (bfloat16 or float32) that it was made of, float64 [5]: how many
-    values are not zero, how many of these have the code zero, how many codes are +-448, the sum of the squares of the
-    values, and that of their differences to code * scale.
+    """Of an operand [rows, cols] (see ``reference``) and the ``values``, bfloat16 or float32, that it was made of.
+
+    float64 [5]: how many values are not zero, how many of these have the code zero, how many codes are +-448, the sum
+    of the squares of the values, and that of their differences to code * scale.
     """
     if values.is_cuda:
         from infir2.kernels import fidelity_triton

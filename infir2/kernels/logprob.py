@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infir2.kernels.vocabulary import add_product, chunks
+from infir2.kernels.logit_chunks import add_product, chunks
 
 
 def token_logprobs(
@@ -70,7 +70,7 @@ def token_statistics(logits: Tensor, labels: Tensor, temperature: float) -> tupl
     """Of softmax(logits / temperature), every row: the label's log-probability, the entropy in nats, and the
     log-sum-exp; logits [rows, vocabulary] in any float dtype -> three tensors [rows] in at least float32.
 
-    The division comes after the GEMM was rounded to the logits' dtype: as the rollout's sampler does.
+    The division comes after the GEMM was rounded to the logits' dtype: as ``sample`` does.
     """
     if logits.is_cuda:
         from infir2.kernels import logprob_triton

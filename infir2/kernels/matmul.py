@@ -2,7 +2,7 @@
 
 On Hopper (compute capability 9.0) it is cuBLAS through ``torch.nn.functional.scaled_mm``, always with slow (float32)
 accumulation: fast accumulation loses three bits over 16,384 terms. There a few hundred tokens, as a pass of decoding
-has, times weights go through Triton (``small_matmul_triton``). Elsewhere, and for shapes that the hardware path cannot
+has, times weights go through Triton (``split_k_triton``). Elsewhere, and for shapes that the hardware path cannot
 take, the operands are dequantised and multiplied: on a CPU in float32, on a GPU in bfloat16 with float32 sums.
 """
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from infir2.kernels import reference
 from infir2.kernels.custom_op import custom_op
-from infir2.kernels.parts import Parts
 from infir2.kernels.reference import BLOCK
+from infir2.kernels.split_k import PartialSums
 
 # (a granularity, b granularity) that cuBLAS multiplies on Hopper -> torch's names for them.
 _CUBLAS_PAIRS = {
@@ -42,7 +42,10 @@ def describe_backend(device: torch.device) -> tuple[str, str]:
 
 
 def pad_tokens(x: Tensor) -> Tensor:
-    """The hardware GEMM wants whole 128-token blocks: append zero rows, which add nothing to any product."""
+    """``x`` [tokens, features]; on a GPU with rows of zeros up to a multiple of 128, as the hardware GEMM wants it.
+
+    They add nothing to any product.
+    """
     missing = -x.shape[0] % BLOCK if x.is_cuda else 0
     return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
 
@@ -78,14 +81,15 @@ def _scaled_mm(
 ) -> Tensor:
     """a @ b.T: codes [M, K] and [N, K] with their scales -> [M, N] in ``out_dtype``, bfloat16 or float32.
 
-    Sums are float32. Scales as made by ``infir2.kernels.quantize``.
+    Sums are float32. Granularities as in ``reference``, scales laid out as ``operand`` says. ValueError for an unknown
+    granularity.
     """
     if not a.is_cuda:
         return reference.scaled_mm(a, a_scale, a_granularity, b, b_scale, b_granularity, out_dtype)
     if _few_tiles(a, b, a_granularity, b_granularity):
-        from infir2.kernels import small_matmul_triton
+        from infir2.kernels import split_k_triton
 
-        return small_matmul_triton.scaled_mm(a, a_scale, b, b_scale, out_dtype)
+        return split_k_triton.scaled_mm(a, a_scale, b, b_scale, out_dtype)
     if not _cublas_takes(a, b, a_granularity, b_granularity):
         left = reference.dequantize(a, a_scale, a_granularity, torch.bfloat16)
         right = reference.dequantize(b, b_scale, b_granularity, torch.bfloat16)
@@ -105,12 +109,16 @@ scaled_mm_again = custom_op(_empty_scaled_mm, "scaled_mm_again")(_scaled_mm)
 
 def multiply_rows(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, rows: int, out_dtype: torch.dtype
-) -> Tensor | Parts:
-    """The first ``rows`` rows of ``scaled_mm`` of ``tile`` and ``block`` operands, for a caller who can add parts."""
-    if a.is_cuda and _few_tiles(a, b, "tile", "block"):
-        from infir2.kernels import small_matmul_triton
+) -> Tensor | PartialSums:
+    """The first ``rows`` rows of a @ b.T, for a caller who can add partial sums (see ``split_k``).
 
-        return small_matmul_triton.multiply(a, a_scale, b, b_scale, rows, out_dtype)
+    Codes [rows or more, contraction] with ``tile`` scales and [outputs, contraction] with ``block`` scales -> [rows,
+    outputs] in ``out_dtype``, or what adds up to that.
+    """
+    if a.is_cuda and _few_tiles(a, b, "tile", "block"):
+        from infir2.kernels import split_k_triton
+
+        return split_k_triton.multiply(a, a_scale, b, b_scale, rows, out_dtype)
     return scaled_mm(a, a_scale, "tile", b, b_scale, "block", out_dtype)[:rows]
 
 

@@ -2,9 +2,10 @@
 
     y = weight * (x * rstd),   rstd = 1 / sqrt(mean(x^2) + eps)
 
-The mean and rstd are float32; x * rstd and the product with the weight are each rounded to the dtype of x, as Hugging
-Face's Qwen2 does. Backward everything is float32 until the gradient of x, with the residual stream's gradient added to
-it, is rounded once. It computes rstd again, from x, which it has to read anyway.
+(Zhang, Sennrich: Root mean square layer normalization, 2019). The mean and rstd are float32; x * rstd and the product
+with the weight are each rounded to the dtype of x, as Hugging Face's Qwen2 does. Backward everything is float32 until
+the gradient of x, with the residual stream's gradient added to it, is rounded once. It computes rstd again, from x,
+which it has to read anyway.
 """
 
 from typing import Any
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 
 from infir2.kernels.custom_op import custom_op
-from infir2.kernels.forward_only import forward_only
+from infir2.kernels.dispatch import inference_on_cuda
 from infir2.kernels.operand import empty_rows
-from infir2.kernels.rows import encode_rows
+from infir2.kernels.row_codes import encode_rows
 
 BACKWARD_PARTS = 528
 """Programs of the backward kernel, whatever the device: the weight's gradient is the sum of so many partial sums."""
@@ -23,10 +24,10 @@ BACKWARD_PARTS = 528
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., features] in any float dtype, weight [features] -> like x."""
-    if forward_only(x):
-        from infir2.kernels import forward_only_triton
+    if inference_on_cuda(x):
+        from infir2.kernels import norm_triton
 
-        return forward_only_triton.rms_norm(x, weight, eps)
+        return norm_triton.rms_norm(x, weight, eps)
     return weight.to(x.dtype) * (x.float() * _rstd(x, eps)).to(x.dtype)
 
 
@@ -53,7 +54,14 @@ class _Fork(torch.autograd.Function):
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The gradient of x [tokens, features], with ``residual`` added, and that of the weight, in the dtype of each."""
+    """The gradient of x, with ``residual`` added, and that of the weight [features], in the dtype of each.
+
+    grad: the gradient of rms_norm(x); residual: that of the residual stream, both like x [tokens, features].
+
+        dx = rstd * (grad * weight - n * mean(grad * weight * n)) + residual,   dweight = sum over tokens of grad * n
+
+    with n = x * rstd.
+    """
     dx, parts = norm_gradients(grad, x, residual, weight, eps)
     return dx, parts.sum(dim=0).to(weight.dtype)
 
@@ -67,7 +75,8 @@ def _empty_norm_gradients(
 
 @custom_op(_empty_norm_gradients)
 def norm_gradients(grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See ``rms_norm_backward``; the weight's gradient in float32, as rows to be added up."""
+    """See ``rms_norm_backward``; the weight's gradient as float32 rows to be added up, one on a CPU, else
+    ``BACKWARD_PARTS``."""
     if x.is_cuda:
         from infir2.kernels import norm_triton
 
@@ -91,9 +100,10 @@ def _empty_norm_quantize(
 def norm_quantize(
     x: Tensor, weight: Tensor, eps: float, amax: bool, update: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(codes, scale, amax) of rms_norm(x + update), as ``rows`` says, and x + update, all [tokens, features].
+    """(codes, scale, amax) of rms_norm(x + update), as ``row_codes`` says, and x + update in the dtype of x.
 
-    Without an update those of rms_norm(x), and a matrix without rows.
+    x and update [tokens, features], bfloat16 or float32. Without an update those of rms_norm(x), and a matrix without
+    rows. amax: whether the columns' maxima are taken.
     """
     if x.is_cuda:
         from infir2.kernels import norm_triton

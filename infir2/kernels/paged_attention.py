@@ -14,13 +14,16 @@ from infir2.kernels import reference
 from infir2.kernels.operand import empty_operand
 from infir2.kernels.paged_layout import PagedCache, PagedLayout
 from infir2.kernels.reference import BLOCK, FP8
-from infir2.kernels.rows import quantize_rows
+from infir2.kernels.row_codes import quantize_rows
 
 _GATHERED = 1 << 26  # float32 keys gathered at a time: 256 MiB, and as much for values
 
 
 def write(cache: PagedCache, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-    """Store the keys and values [tokens, kv_heads, head_dim] of new tokens in the slots (int64 [tokens]), in place."""
+    """Store the keys and values [tokens, kv_heads, head_dim] of new tokens in the slots (int64 [tokens]), in place.
+
+    Any float dtype: an FP8 cache gets codes and scales, any other its own dtype.
+    """
     if keys.is_cuda:
         from infir2.kernels import paged_attention_triton
 
@@ -37,7 +40,7 @@ def write(cache: PagedCache, keys: Tensor, values: Tensor, slots: Tensor) -> Non
 
 
 def attend(q: Tensor, cache: PagedCache, layout: PagedLayout) -> Tensor:
-    """Causal attention of the new tokens: q [tokens, heads, head_dim] -> the same shape and dtype.
+    """Causal attention of the new tokens, whose keys are in the cache: q [tokens, heads, head_dim] -> like q.
 
     Consecutive groups of heads / kv_heads heads share keys and values. Scores are scaled by head_dim ** -0.5.
     """
@@ -62,8 +65,10 @@ def attend(q: Tensor, cache: PagedCache, layout: PagedLayout) -> Tensor:
 
 
 def attend_quantize(q: Tensor, cache: PagedCache, layout: PagedLayout, rows: int) -> tuple[Tensor, Tensor]:
-    """(codes, scale): ``attend`` [tokens, heads * head_dim] as row codes (see ``rows``), with room for ``rows`` rows;
-    what follows the last token's row is not initialised."""
+    """(codes, scale): ``attend`` [tokens, heads * head_dim] as row codes (see ``row_codes``), room for ``rows``.
+
+    What follows the last token's row is not initialised.
+    """
     tokens, heads, head_dim = q.shape
     codes, scale = empty_operand(rows, heads * head_dim, "tile", q.device)
     if q.is_cuda and head_dim == BLOCK and layout.decoding == tokens:

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infir2.kernels.head_codes_triton import encode
-from infir2.kernels.paged_decode_triton import _LOG2E, _pools, decode
+from infir2.kernels.codes_triton import encode
+from infir2.kernels.paged_decode_triton import decode, softmax_scale
 from infir2.kernels.paged_layout import QUERY_TILE, PagedCache, PagedLayout
 
 # Shapes of the prompts' kernel in half precision, and in float32.
@@ -154,7 +154,7 @@ def write(cache: PagedCache, keys: Tensor, values: Tensor, slots: Tensor) -> Non
     """See ``paged_attention.write``."""
     tokens, kv_heads, head_dim = keys.shape
     _write_kernel[(tokens,)](
-        keys, values, *_pools(cache, False), slots, keys.stride(0), values.stride(0), keys.stride(1), values.stride(1),
+        keys, values, *cache.pools(), slots, keys.stride(0), values.stride(0), keys.stride(1), values.stride(1),
         KV_HEADS=kv_heads, LANES=triton.next_power_of_2(kv_heads), HEAD=head_dim, BLOCK=cache.keys.shape[1],
         **cache.strides, FP8=cache.key_scale is not None,
         num_warps=min(4, triton.next_power_of_2(triton.cdiv(kv_heads * head_dim, 256))),
@@ -177,8 +177,8 @@ def _prompt(q: Tensor, cache: PagedCache, layout: PagedLayout, out: Tensor) -> N
     shape = _PROMPT if q.element_size() == 2 else _PROMPT_WIDE
     split = QUERY_TILE // shape["QUERIES"]
     _prompt_kernel[(heads, layout.query_tiles.shape[0] * split)](
-        q, *_pools(cache, False), layout.query_tiles, layout.query_starts, layout.context_lengths, layout.block_tables,
-        out, q.stride(0), layout.block_tables.stride(0), head_dim**-0.5 * _LOG2E,
+        q, *cache.pools(), layout.query_tiles, layout.query_starts, layout.context_lengths, layout.block_tables,
+        out, q.stride(0), layout.block_tables.stride(0), softmax_scale(head_dim),
         GROUP=heads // kv_heads, KV_HEADS=kv_heads, HEAD=head_dim, BLOCK=block_size,
         **cache.strides, FP8=cache.key_scale is not None, SPLIT=split, **shape,
     )  # fmt: skip

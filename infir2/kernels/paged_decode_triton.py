@@ -11,14 +11,16 @@ one. Whatever else would leave float16's range is put in relation: a query to it
 times its value's scale to the largest scale so far, both by powers of two.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from infir2.kernels.early import early, starts_early
-from infir2.kernels.head_codes_triton import encode
+from infir2.kernels.codes_triton import encode
+from infir2.kernels.dependent_launch import has_dependent_launch, launch_options
 from infir2.kernels.paged_layout import PagedCache, PagedLayout
 from infir2.kernels.reference import BLOCK
 
@@ -30,7 +32,6 @@ _SHAPES: dict[torch.dtype, dict[str, int]] = {
     torch.float8_e4m3fn: {"KEYS": 128, "num_warps": 2, "num_stages": 2},
     torch.float32: {"KEYS": 32, "num_warps": 4, "num_stages": 2},
 }
-_LOG2E = 1.4426950408889634
 
 
 @triton.jit
@@ -89,14 +90,14 @@ def _decode_kernel(
     GROUP: tl.constexpr, LANES: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_STRIDE: tl.constexpr, TOKEN_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr,
     PARTS: tl.constexpr, KEYS: tl.constexpr, FP8: tl.constexpr, PAIRS: tl.constexpr, WIDE: tl.constexpr,
-    QUANTIZE: tl.constexpr, EARLY: tl.constexpr,
+    QUANTIZE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """``extra`` are the logarithms of the weights' sums, for joining, or with QUANTIZE the scales of the codes.
 
     Strides within the cache are in rows of HEAD elements. WIDE: products are those of float32.
     """
     DTYPE: tl.constexpr = tl.float32 if WIDE else tl.float16 if FP8 else q_ptr.dtype.element_ty
-    if EARLY:
+    if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
     # Programs that read neighbouring memory, the heads of one sequence, run side by side.
@@ -172,10 +173,10 @@ def _decode_kernel(
 @triton.jit
 def _join_kernel(
     parts_ptr, lse_ptr, out_ptr, scale_ptr, scale_stride, HEADS: tl.constexpr, PARTS: tl.constexpr, HEAD: tl.constexpr,
-    ROUNDED: tl.constexpr, QUANTIZE: tl.constexpr, EARLY: tl.constexpr,
+    ROUNDED: tl.constexpr, QUANTIZE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One query head; ROUNDED is the dtype of q."""
-    if EARLY:
+    if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
@@ -193,6 +194,11 @@ def _join_kernel(
         tl.store(out_ptr + row * HEAD + d, out.to(out_ptr.dtype.element_ty))
 
 
+def softmax_scale(head_dim: int) -> float:
+    """Of scores, where softmax is made of powers of two: head_dim ** -0.5 * log2(e)."""
+    return head_dim**-0.5 * math.log2(math.e)
+
+
 def decode(q: Tensor, cache: PagedCache, layout: PagedLayout, out: Tensor, scale: Tensor | None = None) -> None:
     """Fill ``out`` [sequences, heads, head_dim] with the attention of q, of the same shape.
 
@@ -206,7 +212,7 @@ def decode(q: Tensor, cache: PagedCache, layout: PagedLayout, out: Tensor, scale
     wide = q.dtype == torch.float32
     held = q.dtype if wide else cache.keys.dtype
     parts = min(32, triton.next_power_of_2(triton.cdiv(_PROGRAMS[held], sequences * kv_heads)))
-    fp8, on = cache.key_scale is not None, starts_early(q.device)
+    fp8, dependent = cache.key_scale is not None, has_dependent_launch(q.device)
     mixed = out
     extra = out if scale is None else scale
     if parts > 1:
@@ -214,26 +220,16 @@ def decode(q: Tensor, cache: PagedCache, layout: PagedLayout, out: Tensor, scale
         extra = torch.empty(sequences, heads, parts, dtype=torch.float32, device=q.device)
     pairs = fp8 and head_dim >= 32  # a product has at least 16 terms
     _decode_kernel[(kv_heads, sequences, parts)](
-        q, *_pools(cache, pairs), layout.block_tables, layout.context_lengths, mixed, extra,
-        q.stride(0), layout.block_tables.stride(0), extra.stride(-1), head_dim**-0.5 * _LOG2E,
+        q, *cache.pools(in_pairs=pairs), layout.block_tables, layout.context_lengths, mixed, extra,
+        q.stride(0), layout.block_tables.stride(0), extra.stride(-1), softmax_scale(head_dim),
         GROUP=group, LANES=max(16, triton.next_power_of_2(group)), KV_HEADS=kv_heads, HEAD=head_dim, BLOCK=block_size,
-        **cache.strides, PARTS=parts, FP8=fp8, PAIRS=pairs, WIDE=wide, QUANTIZE=quantize and parts == 1, EARLY=on,
-        **_SHAPES[held], **early(on),
+        **cache.strides, PARTS=parts, FP8=fp8, PAIRS=pairs, WIDE=wide, QUANTIZE=quantize and parts == 1,
+        DEPENDENT=dependent, **_SHAPES[held], **launch_options(dependent),
     )  # fmt: skip
     if parts > 1:
         dtype = tl.float32 if wide else tl.bfloat16
         _join_kernel[(sequences * heads,)](
             mixed, extra, out, out if scale is None else scale, 0 if scale is None else scale.stride(1),
-            HEADS=heads, PARTS=parts, HEAD=head_dim, ROUNDED=dtype, QUANTIZE=quantize, EARLY=on, num_warps=1,
-            **early(on),
+            HEADS=heads, PARTS=parts, HEAD=head_dim, ROUNDED=dtype, QUANTIZE=quantize, DEPENDENT=dependent, num_warps=1,
+            **launch_options(dependent),
         )  # fmt: skip
-
-
-def _pools(cache: PagedCache, pairs: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keys, values and their scales; where there are none, something in their place that is never touched."""
-    keys, values = cache.keys, cache.values
-    if pairs:
-        keys, values = keys.view(torch.int16), values.view(torch.int16)
-    if cache.key_scale is None or cache.value_scale is None:
-        return keys, values, keys, values
-    return keys, values, cache.key_scale, cache.value_scale

@@ -29,6 +29,7 @@ class PagedCache:
 
     @property
     def num_bytes(self) -> int:
+        """Of keys, values and scales together."""
         tensors = (self.keys, self.values, self.key_scale, self.value_scale)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
@@ -37,6 +38,18 @@ class PagedCache:
         """From one block, token and head to the next, in heads: the same for keys, values and their scales."""
         names = ("BLOCK_STRIDE", "TOKEN_STRIDE", "HEAD_STRIDE")
         return {name: stride // self.keys.shape[-1] for name, stride in zip(names, self.keys.stride())}
+
+    def pools(self, in_pairs: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys, values and their scales, for a kernel; without scales, something in their place that it never touches.
+
+        in_pairs: FP8 codes as int16, two in each.
+        """
+        keys, values = self.keys, self.values
+        if in_pairs:
+            keys, values = keys.view(torch.int16), values.view(torch.int16)
+        if self.key_scale is None or self.value_scale is None:
+            return keys, values, keys, values
+        return keys, values, self.key_scale, self.value_scale
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def _empty_quantize_both(
 def quantize_both(
     x: Tensor, granularity: str, transposed_granularity: str, scale_format: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(codes, scale) of ``x`` followed by (codes, scale) of x.T."""
+    """(codes, scale) of ``x`` [rows, cols], bfloat16 or float32, followed by (codes, scale) of x.T [cols, rows]."""
     if x.is_cuda and granularity == transposed_granularity == "tile":
         from infir2.kernels import quantize_triton
 

@@ -11,23 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infir2.kernels.operand import empty_operand
+from infir2.kernels.codes_triton import scale_from_bits
+from infir2.kernels.operand import contiguous_rows, empty_operand
 from infir2.kernels.reference import BLOCK, scale_from_amax
-
-
-@triton.jit
-def _scale_from_bits(bits, UE8M0: tl.constexpr):
-    """Scale from the bits of amax; the same rules as reference.scale_from_amax."""
-    if UE8M0:
-        exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
-        scale = (tl.maximum(exponent, 1) << 23).to(tl.float32, bitcast=True)
-    else:
-        floor_bits = tl.full([], 0x04E00000, tl.int32)  # AMAX_FLOOR = 448 * 2^-126
-        amax = tl.maximum(bits, floor_bits).to(tl.float32, bitcast=True)
-        scale = tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32))
-    scale = tl.where(bits == 0, 1.0, scale)
-    nan = tl.full(scale.shape, 0x7FC00000, tl.int32).to(tl.float32, bitcast=True)
-    return tl.where(bits >= 0x7F800000, nan, scale)
 
 
 @triton.jit
@@ -55,20 +41,20 @@ def _tile_kernel(
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     if ROW:
         row_bits = tl.max(bits, axis=1)
-        scale = _scale_from_bits(row_bits, UE8M0)
+        scale = scale_from_bits(row_bits, UE8M0)
         codes = _encode(x, tl.broadcast_to(scale[:, None], x.shape), (row_bits < 0x7F800000)[:, None])
         tl.store(codes_ptr + r_wide[:, None] * cols + c[None, :], codes, mask=inside)
         tl.store(scale_ptr + col_block.to(tl.int64) * rows + r, scale, mask=r < rows)
     if COL:
         col_bits = tl.max(bits, axis=0)
-        scale_t = _scale_from_bits(col_bits, UE8M0)
+        scale_t = scale_from_bits(col_bits, UE8M0)
         codes_t = _encode(x, tl.broadcast_to(scale_t[None, :], x.shape), (col_bits < 0x7F800000)[None, :])
         inside_t = (c < cols)[:, None] & (r < rows)[None, :]
         tl.store(codes_t_ptr + c_wide[:, None] * rows + r[None, :], tl.trans(codes_t), mask=inside_t)
         tl.store(scale_t_ptr + row_block.to(tl.int64) * cols + c, scale_t, mask=c < cols)
     if SQUARE:
         block_bits = tl.max(tl.max(bits, axis=1), axis=0)
-        block_scale = _scale_from_bits(block_bits, UE8M0)
+        block_scale = scale_from_bits(block_bits, UE8M0)
         codes = _encode(x, tl.broadcast_to(block_scale, x.shape), block_bits < 0x7F800000)
         tl.store(codes_ptr + r_wide[:, None] * cols + c[None, :], codes, mask=inside)
         tl.store(scale_ptr + row_block * block_scale_stride + col_block, block_scale)
@@ -127,7 +113,7 @@ def quantize(x: Tensor, granularity: str, scale_format: str, transpose: bool) ->
 
 def quantize_tiles_both(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """1x128 operands of ``x`` and of x.T in one pass."""
-    x = _rows_contiguous(x)
+    x = contiguous_rows(x)
     rows, cols = x.shape
     codes, scale = empty_operand(rows, cols, "tile", x.device)
     codes_t, scale_t = empty_operand(cols, rows, "tile", x.device)
@@ -136,7 +122,7 @@ def quantize_tiles_both(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor, T
 
 
 def _quantize_blocks(x: Tensor, granularity: str, scale_format: str, transpose: bool) -> tuple[Tensor, Tensor]:
-    x = _rows_contiguous(x)
+    x = contiguous_rows(x)
     rows, cols = x.shape
     if granularity == "tile" and transpose:
         codes, scale = empty_operand(cols, rows, "tile", x.device)
@@ -162,7 +148,7 @@ def _launch_tiles(
 
 def _quantize_known(x: Tensor, granularity: str, scale_format: str, transpose: bool) -> tuple[Tensor, Tensor]:
     """Channel and tensor granularity: one pass for the amax, one for the cast."""
-    x = _rows_contiguous(x)
+    x = contiguous_rows(x)
     rows, cols = x.shape
     codes, scale = empty_operand(cols if transpose else rows, rows if transpose else cols, granularity, x.device)
     channel = granularity == "channel"
@@ -178,7 +164,3 @@ def _quantize_known(x: Tensor, granularity: str, scale_format: str, transpose: b
         PER_ROW=per_row, PER_COL=per_col, TRANSPOSE=transpose, SIZE=BLOCK, num_warps=8,
     )  # fmt: skip
     return codes, scale
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

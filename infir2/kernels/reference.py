@@ -47,7 +47,10 @@ def scale_shape(granularity: str, rows: int, cols: int) -> tuple[int, int]:
 
 
 def scale_from_amax(amax: Tensor, scale_format: str) -> Tensor:
-    """float32 scales of blocks whose largest absolute value is ``amax`` (float32, any shape)."""
+    """float32 scales of blocks whose largest absolute value is ``amax`` (float32, any shape).
+
+    Raises ValueError for an unknown scale format.
+    """
     if scale_format == "ue8m0":
         bits = amax.view(torch.int32)
         # amax = m * 2^e with 1 <= m < 2; 448 = 1.75 * 2^8. The scale is 2^(e-8) where m <= 1.75, else 2^(e-7).
@@ -65,7 +68,8 @@ def scale_from_amax(amax: Tensor, scale_format: str) -> Tensor:
 def quantize(x: Tensor, granularity: str, scale_format: str, transpose: bool = False) -> tuple[Tensor, Tensor]:
     """Codes (float8_e4m3fn, contiguous) and scales (float32) of ``x`` [rows, cols], bfloat16 or float32.
 
-    With ``transpose`` the operand is x.T: codes [cols, rows], blocks along the rows of ``x``.
+    With ``transpose`` the operand is x.T: codes [cols, rows], blocks along the rows of ``x``. Raises ValueError for an
+    unknown granularity or scale format.
     """
     rows, cols = (x.shape[1], x.shape[0]) if transpose else x.shape
     height, width = block_shape(granularity, rows, cols)

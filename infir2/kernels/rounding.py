@@ -22,15 +22,15 @@ def scramble(x: _Integer) -> _Integer:
 
 
 def random_bits(like: Tensor, key: int, first: int) -> Tensor:
-    """32 bits for every element: int64, shaped like ``like``."""
+    """32 bits for every element: int64, shaped like ``like``, whose first element has the index ``first``."""
     index = torch.arange(first, first + like.numel(), device=like.device).view(like.shape)
     return scramble((index & _LOW) ^ key)
 
 
 def round_to_bfloat16(x: Tensor, noise: Tensor) -> Tensor:
-    """float32 ``x`` up or down to the next bfloat16: away from zero where 16 bits of ``noise`` exceed what is missing.
+    """float32 ``x`` up or down to the next bfloat16: away from zero where ``noise`` exceeds what is missing.
 
-    Inf and NaN stay what they are.
+    noise: int64 of the same shape, from 0 to 2^16 - 1. Inf and NaN stay what they are.
     """
     bits = x.view(torch.int32)
     finite = (bits & 0x7F800000) != 0x7F800000

@@ -3,7 +3,7 @@
 The tokens that stay are the first ones in the order of falling logits, of equal ones the lower id first. So two numbers
 say which they are: the logit of the last one, and its id. ``_filter_kernel`` finds the logit by bisection: how many
 tokens lie above a value (top-k), or how much probability (top-p), is a sum over the row. One program takes one row.
-``rollout.sampler`` defines the result. Dividing by the temperature, which only the twin does before it compares, can
+``sample_filter`` defines the result. Dividing by the temperature, which only the twin does before it compares, can
 make unequal float32 logits equal: then which of the two stays is not defined. Sums within a chunk are float32, over
 chunks float64.
 """

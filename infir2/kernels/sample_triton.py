@@ -4,7 +4,7 @@
 sums at temperature 1 and at the row's own temperature. ``_draw_kernel`` puts a row's chunks together, finds the chunk
 at which the cumulative probability passes the row's uniform number, and in it the token. Sums within a chunk are
 float32, over chunks float64. Where some rows have top-k or top-p, ``sample_filter_triton`` finds beforehand what stays
-of each row. ``rollout.sampler`` defines what is drawn.
+of each row. ``sample`` defines what is drawn.
 """
 
 import torch
@@ -13,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from infir2.kernels.sample_filter_triton import limits, order_key
+from infir2.kernels.split_mix import MIX, STEP
 
 _CHUNK = 4096
-# SplitMix64, as in ``rollout.sampler``; the step as a signed number.
-STEP = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
-MIX_30 = tl.constexpr(0xBF58476D1CE4E5B9)
-MIX_27 = tl.constexpr(0x94D049BB133111EB)
+_STEP = tl.constexpr(STEP - (1 << 64))  # as a signed number
+_MIX_30 = tl.constexpr(MIX[0][1])
+_MIX_27 = tl.constexpr(MIX[1][1])
 
 
 @triton.jit
@@ -54,10 +54,10 @@ def _sums_kernel(
 
 @triton.jit
 def _uniform(key, counter):
-    """See ``rollout.sampler.uniform``."""
-    z = (key + (counter + 1) * STEP).to(tl.uint64, bitcast=True)
-    z = (z ^ (z >> 30)) * MIX_30
-    z = (z ^ (z >> 27)) * MIX_27
+    """See ``split_mix.uniform``."""
+    z = (key + (counter + 1) * _STEP).to(tl.uint64, bitcast=True)
+    z = (z ^ (z >> 30)) * _MIX_30
+    z = (z ^ (z >> 27)) * _MIX_27
     z = z ^ (z >> 31)
     return (z >> 11).to(tl.int64, bitcast=True).to(tl.float64) * 2.0**-53
 
@@ -111,7 +111,7 @@ def draw(
     top_k: Tensor | None = None,
     top_p: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (int64), log-probabilities in the distribution drawn from, and at temperature 1 (float32), one a row.
+    """See ``sample.sample``: tokens (int64), log-probabilities in the distribution drawn from, and at temperature 1.
 
     logits [rows, vocabulary] in any float dtype, temperature float32 [rows] (0 is greedy), keys and counters int64
     [rows]; with ``top_k`` int64 [rows] (0 keeps all) and ``top_p`` float64 [rows].

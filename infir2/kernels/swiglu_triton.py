@@ -1,13 +1,16 @@
-"""Triton kernels of SwiGLU to row codes, forward and backward; see ``swiglu``, which holds their twins."""
+"""Triton kernels of SwiGLU: to row codes, forward and backward, and plain where no gradient is wanted.
+
+``swiglu`` holds their twins. Imported only where CUDA tensors are met.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from infir2.kernels.operand import empty_rows
+from infir2.kernels.codes_triton import raise_maxima, store_maxima, store_tiles, strip_grid, to_float32
+from infir2.kernels.operand import contiguous_rows, empty_rows, zeroed_rows
 from infir2.kernels.reference import BLOCK
-from infir2.kernels.rows_triton import _keep_largest, _raised, _store_rows, _wide, grid, zeroed_rows
 
 
 @triton.jit
@@ -27,7 +30,7 @@ def _sigmoid(x):
 @triton.jit
 def _load(ptr, scale_ptr, r, c, inside, rows, stride, CODES: tl.constexpr):
     """A tile of values, or of row codes, as float32."""
-    value = _wide(tl.load(ptr + (r[:, None] * stride + c[None, :]), mask=inside, other=0.0))
+    value = to_float32(tl.load(ptr + (r[:, None] * stride + c[None, :]), mask=inside, other=0.0))
     if CODES:
         value = value * tl.load(scale_ptr + r, mask=r < rows, other=1.0)[:, None]
     return value
@@ -51,10 +54,10 @@ def _swiglu_kernel(
         inside = (r < left)[:, None]
         gate = _load(gate_up_ptr + gate_start, kept_scale_ptr, r, c, inside, left, 2 * inner, False)
         up = _load(gate_up_ptr + up_start, kept_scale_ptr, r, c, inside, left, 2 * inner, False)
-        _store_rows(gate * _sigmoid(gate) * up, codes_ptr + start, scale_ptr + scales, r, c, inside, left, inner)
+        store_tiles(gate * _sigmoid(gate) * up, codes_ptr + start, scale_ptr + scales, r, c, inside, left, inner)
         if KEEP:
-            _store_rows(gate, kept_ptr + gate_start, kept_scale_ptr + scales, r, c, inside, left, 2 * inner)
-            _store_rows(up, kept_ptr + up_start, kept_scale_ptr + up_scales, r, c, inside, left, 2 * inner)
+            store_tiles(gate, kept_ptr + gate_start, kept_scale_ptr + scales, r, c, inside, left, 2 * inner)
+            store_tiles(up, kept_ptr + up_start, kept_scale_ptr + up_scales, r, c, inside, left, 2 * inner)
 
 
 @triton.jit
@@ -87,22 +90,34 @@ def _swiglu_backward_kernel(
         silu = gate * sigmoid
         value, grad_up = silu * up, grad * silu
         grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-        largest = _store_rows(value, codes_ptr + start, scale_ptr + scales, r, c, inside, left, inner)
-        gate_largest = _store_rows(
+        largest = store_tiles(value, codes_ptr + start, scale_ptr + scales, r, c, inside, left, inner)
+        gate_largest = store_tiles(
             grad_gate, grad_codes_ptr + gate_start, grad_scale_ptr + scales, r, c, inside, left, 2 * inner
         )
-        up_largest = _store_rows(
+        up_largest = store_tiles(
             grad_up, grad_codes_ptr + up_start, grad_scale_ptr + up_scales, r, c, inside, left, 2 * inner
         )
         if AMAX:
-            columns, highest = _raised(columns, highest, value, largest)
-            gate_columns, gate_highest = _raised(gate_columns, gate_highest, grad_gate, gate_largest)
-            up_columns, up_highest = _raised(up_columns, up_highest, grad_up, up_largest)
+            columns, highest = raise_maxima(columns, highest, value, largest)
+            gate_columns, gate_highest = raise_maxima(gate_columns, gate_highest, grad_gate, gate_largest)
+            up_columns, up_highest = raise_maxima(up_columns, up_highest, grad_up, up_largest)
     if AMAX:
         c += col_block * 128
-        _keep_largest(amax_ptr, columns, highest, c, c < inner, inner)
-        _keep_largest(grad_amax_ptr, gate_columns, gate_highest, c, c < inner, 2 * inner)
-        _keep_largest(grad_amax_ptr + inner, up_columns, up_highest, c, c < inner, 2 * inner)
+        store_maxima(amax_ptr, columns, highest, c, c < inner, inner)
+        store_maxima(grad_amax_ptr, gate_columns, gate_highest, c, c < inner, 2 * inner)
+        store_maxima(grad_amax_ptr + inner, up_columns, up_highest, c, c < inner, 2 * inner)
+
+
+@triton.jit
+def _silu_mul_kernel(gate_ptr, up_ptr, out_ptr, cols, gate_stride, up_stride, SIZE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    inside = c < cols
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    gate = tl.load(gate_ptr + row * gate_stride + c, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + c, mask=inside, other=0.0).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(out_ptr + row * cols + c, (silu * up).to(dtype), mask=inside)
 
 
 # Shapes of the launches: rows of a tile of 128 columns, tiles of a strip, tiles in flight, warps. Where column maxima
@@ -117,7 +132,7 @@ def swiglu_quantize(gate_up: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor
     rows, inner = gate_up.shape[0], _whole_tiles(gate_up.shape[1] // 2)
     codes, scale, _ = empty_rows(rows, inner, False, gate_up.device)
     kept, kept_scale, _ = empty_rows(rows if keep else 0, 2 * inner, False, gate_up.device)
-    _swiglu_kernel[grid(rows, inner, _FORWARD)](
+    _swiglu_kernel[strip_grid(rows, inner, _FORWARD)](
         gate_up.contiguous(), codes, scale, kept, kept_scale, rows, inner, KEEP=keep, **_FORWARD
     )
     return codes, scale, kept, kept_scale
@@ -131,12 +146,24 @@ def swiglu_backward_quantize(
     grad_codes, grad_scale, grad_amax = zeroed_rows(rows, 2 * inner, amax, grad.device)
     codes, scale, largest = zeroed_rows(rows, inner, amax, grad.device)
     shape = _BACKWARD_AMAX if amax else _BACKWARD
-    _swiglu_backward_kernel[grid(rows, inner, shape)](
+    _swiglu_backward_kernel[strip_grid(rows, inner, shape)](
         grad.contiguous(), gate_up.contiguous(), kept_scale, grad_codes, grad_scale, grad_amax.view(torch.int32),
         codes, scale, largest.view(torch.int32), rows, inner,
         CODES=gate_up.dtype == torch.float8_e4m3fn, AMAX=amax, **shape,
     )  # fmt: skip
     return grad_codes, grad_scale, grad_amax, codes, scale, largest
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """See ``swiglu.silu_mul``."""
+    cols = gate.shape[-1]
+    flat_gate, flat_up = contiguous_rows(gate.flatten(0, -2)), contiguous_rows(up.flatten(0, -2))
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    size = 1024
+    _silu_mul_kernel[(flat_gate.shape[0], triton.cdiv(cols, size))](
+        flat_gate, flat_up, out, cols, flat_gate.stride(0), flat_up.stride(0), SIZE=size, num_warps=4
+    )
+    return out
 
 
 def _whole_tiles(inner: int) -> int:

@@ -9,7 +9,7 @@ from infir2.kernels.operand import empty_operand, with_layout
 
 
 def transpose_operand(codes: Tensor, scale: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
-    """The operand of x.T from the operand of x, exactly. Only ``block`` and ``tensor`` scales allow it."""
+    """The operand of x.T from the operand of x, exactly. ValueError for all scales but ``block`` and ``tensor``."""
     if granularity not in ("block", "tensor"):
         raise ValueError(f"{granularity} scales do not transpose: quantise the transposed matrix instead")
     return transpose_codes(codes), with_layout(scale.T, granularity)
@@ -21,7 +21,7 @@ def _empty_transpose_codes(codes: Tensor) -> Tensor:
 
 @custom_op(_empty_transpose_codes)
 def transpose_codes(codes: Tensor) -> Tensor:
-    """codes.T, contiguous."""
+    """codes.T, contiguous, of a contiguous matrix of one-byte elements [rows, cols]."""
     if not codes.is_cuda:
         return torch.empty(codes.T.shape, dtype=codes.dtype).copy_(codes.T)
     from infir2.kernels import transpose_triton
@@ -35,7 +35,7 @@ def _empty_transpose_rows(codes: Tensor, scale: Tensor, amax: Tensor, granularit
 
 @custom_op(_empty_transpose_rows)
 def transpose_rows(codes: Tensor, scale: Tensor, amax: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
-    """Codes [cols, rows] and scales of the transpose of the row codes; see ``rows``.
+    """Codes [cols, rows] and scales of the transpose of the row codes; see ``row_codes``.
 
     granularity: ``tile`` (1x128 along the old rows), or ``channel`` (one scale each, from ``amax``).
     """
@@ -48,8 +48,10 @@ def transpose_rows(codes: Tensor, scale: Tensor, amax: Tensor, granularity: str)
 
 
 def transpose_tiles_into(codes: Tensor, scale: Tensor, codes_t: Tensor, scale_t: Tensor) -> None:
-    """``transpose_rows`` to tiles, into codes_t [cols, rows] and scale_t [cols, rows / 128], which may be columns of a
-    wider operand; on a GPU rows is a multiple of 128."""
+    """``transpose_rows`` to tiles, into codes_t [cols, rows] and scale_t [cols, rows / 128].
+
+    They may be columns of a wider operand. ValueError on a GPU where rows is not a multiple of 128.
+    """
     if not codes.is_cuda:
         made, made_scale = reference.transpose_rows(codes, scale, scale, "tile")
         codes_t.copy_(made)

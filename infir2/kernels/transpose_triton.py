@@ -9,23 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from infir2.kernels.codes_triton import AMAX_PARTS, magnitude_bits, scale_and_reciprocal
 from infir2.kernels.operand import empty_operand
-from infir2.kernels.quantize_triton import _scale_from_bits
 from infir2.kernels.reference import BLOCK
-from infir2.kernels.rows_triton import PARTS
-
-
-@triton.jit
-def _magnitude(value):
-    """The bits of |value| as int32: they order like the numbers, with Inf and NaN above every finite one."""
-    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def _reciprocal(scale, bits):
-    """1 / scale, exactly, of scales that are powers of two; 0 for blocks that are not finite."""
-    exact = (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    return tl.where(bits < 0x7F800000, exact, 0.0)
 
 
 @triton.jit
@@ -73,14 +59,16 @@ def _transpose_kernel(
     v3 = _load_values(codes_ptr, scale_ptr, 4 * word + 3, c, col_block, rows, cols)
     if CHANNEL:
         bits = tl.zeros([128], tl.int32)
-        for part in tl.static_range(PARTS):
+        for part in tl.static_range(AMAX_PARTS):
             largest = tl.load(amax_ptr + part * cols + c, mask=c < cols, other=0.0)
-            bits = tl.maximum(bits, _magnitude(largest))
+            bits = tl.maximum(bits, magnitude_bits(largest))
     else:
-        pairs = tl.maximum(tl.maximum(_magnitude(v0), _magnitude(v1)), tl.maximum(_magnitude(v2), _magnitude(v3)))
+        pairs = tl.maximum(
+            tl.maximum(magnitude_bits(v0), magnitude_bits(v1)), tl.maximum(magnitude_bits(v2), magnitude_bits(v3))
+        )
         bits = tl.max(pairs, axis=0)
-    scale_t = _scale_from_bits(bits, True)
-    reciprocal = _reciprocal(scale_t, bits)[None, :]
+    scale_t, reciprocal = scale_and_reciprocal(bits)
+    reciprocal = reciprocal[None, :]
     packed = _packed_codes(v0 * reciprocal, v1 * reciprocal, v2 * reciprocal, v3 * reciprocal)
     packed = tl.where((bits < 0x7F800000)[None, :], packed, 0)
     _store_transposed(packed, words_ptr, word, c, stride, cols)
@@ -124,7 +112,7 @@ def transpose_tiles_into(codes: Tensor, scale: Tensor, codes_t: Tensor, scale_t:
 
 
 def transpose_codes(codes: Tensor) -> Tensor:
-    """codes.T, contiguous, of a contiguous matrix of one-byte elements."""
+    """See ``transpose.transpose_codes``."""
     rows, cols = codes.shape
     codes_t = torch.empty(cols, rows, dtype=codes.dtype, device=codes.device)
     words = _words(codes_t)

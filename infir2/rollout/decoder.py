@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infir2.kernels.paged_layout import PagedLayout
-from infir2.rollout.lean import LeanPass
+from infir2.kernels.sample import SamplingBatch, sample
+from infir2.rollout.fused_decode import FusedDecode
 from infir2.rollout.runner import PagedAttention, Runner
-from infir2.rollout.sampler import SamplingBatch, sample
 from infir2.rollout.sequence import Sequence
 from infir2.rollout.upload import pinned
 
@@ -96,7 +96,7 @@ class Decoder:
         self.max_sequences, self.width = max_sequences, -(-max_length // runner.block_size)
         self._buffers: dict[int, DecodeBuffers] = {}
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self._lean = LeanPass(runner.model) if LeanPass.fits(runner.model) else None
+        self._fused = FusedDecode(runner.model) if FusedDecode.fits(runner.model) else None
 
     @torch.no_grad()
     def run(self, sequences: List[Sequence], rounds: int) -> Rounds:
@@ -174,8 +174,8 @@ class Decoder:
     def _logits(self, ids: Tensor, positions: Tensor, layout: PagedLayout) -> Tensor:
         """Of one token of every sequence: [sequences, vocabulary] in the compute dtype."""
         model, caches = self.runner.model, self.runner.caches
-        if self._lean is not None:
-            hidden = self._lean(ids, positions, caches, layout)
+        if self._fused is not None:
+            hidden = self._fused(ids, positions, caches, layout)
             return F.linear(hidden, model.lm_head.weight_in(hidden.dtype))
 
         def logits_of_all(hidden: Tensor, weight: Tensor) -> Tensor:

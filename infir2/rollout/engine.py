@@ -19,6 +19,7 @@ from torch import Tensor
 
 from infir2.fp8.convert import refresh_weights
 from infir2.fp8.linear import Fp8Linear
+from infir2.kernels.sample import sample
 from infir2.model.transformer import CausalLM
 from infir2.rollout.blocks import BlockAllocator
 from infir2.rollout.cache_size import stored_dtype
@@ -28,7 +29,7 @@ from infir2.rollout.interface import Capabilities, EngineStats, PauseMode, Progr
 from infir2.rollout.options import EngineOptions
 from infir2.rollout.records import Completion, FinishReason, Request, RequestError, TokenEvent
 from infir2.rollout.runner import Runner
-from infir2.rollout.sampler import SamplingBatch, most_likely, random_key, sample
+from infir2.rollout.sampler import most_likely, random_key, sampling_batch
 from infir2.rollout.scheduler import Chunk, Scheduler
 from infir2.rollout.sequence import Sequence, State
 from infir2.rollout.text import IncrementalText, decode
@@ -315,7 +316,7 @@ class Engine:
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
         columns: list[list] = [[], [], [], []]
         if sampling:
-            batch = SamplingBatch.make(
+            batch = sampling_batch(
                 [sequence.params for sequence in sampling],
                 [sequence.key for sequence in sampling],
                 [sequence.num_generated for sequence in sampling],

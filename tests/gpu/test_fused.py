@@ -9,15 +9,15 @@ from torch import Tensor
 
 from infir2.fp8.convert import convert, refresh_weights
 from infir2.fp8.recipe import recipe_named
-from infir2.kernels import cross_entropy, reference, vocabulary
+from infir2.kernels import cross_entropy, logit_chunks, reference
 from infir2.kernels.cross_entropy import softmax_gradient_
 from infir2.kernels.logprob import token_gradient_, token_statistics
 from infir2.kernels.norm import fork, norm_gradients, norm_quantize, rms_norm
 from infir2.kernels.operand import empty_operand
-from infir2.kernels.rows import encode_rows, quantize_rows
+from infir2.kernels.rotary_qkv import rotate_qkv, rotate_qkv_backward_quantize
+from infir2.kernels.row_codes import encode_rows, quantize_rows
 from infir2.kernels.swiglu import swiglu_backward_quantize, swiglu_quantize
 from infir2.kernels.transpose import transpose_codes, transpose_rows, transpose_tiles_into
-from infir2.kernels.turned_heads import turned_heads, turned_heads_gradient
 from infir2.model.attention import causal_attention
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
@@ -84,14 +84,14 @@ def test_turned_heads_bit_for_bit(
     angles = torch.rand(tokens, head_dim // 2, generator=torch.Generator().manual_seed(0)) * 6
     qkv, bias = torch.randn(tokens, width, generator=torch.Generator().manual_seed(1)), torch.randn(width)
     arguments = [qkv.to(dtype), bias.to(dtype) if biased else None, angles.cos(), angles.sin()]
-    expected = turned_heads(*arguments, kv_heads)
-    got = turned_heads(*(None if part is None else part.cuda() for part in arguments), kv_heads)
+    expected = rotate_qkv(*arguments, kv_heads)
+    got = rotate_qkv(*(None if part is None else part.cuda() for part in arguments), kv_heads)
     assert all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(got, expected, strict=True))
     for amax in (True, False):
         grads = [values(tokens, part[0].numel(), dtype).view_as(part) for part in expected]
         rows = tokens + -tokens % 128
-        theirs = turned_heads_gradient(*grads, *arguments[2:], rows, amax, biased)
-        ours = turned_heads_gradient(*(part.cuda() for part in (*grads, *arguments[2:])), rows, amax, biased)
+        theirs = rotate_qkv_backward_quantize(*grads, *arguments[2:], rows, amax, biased)
+        ours = rotate_qkv_backward_quantize(*(part.cuda() for part in (*grads, *arguments[2:])), rows, amax, biased)
         assert_same(ours[:2], theirs[:2])
         assert_same((ours[2].amax(0),), (theirs[2].amax(0),))
         if biased:
@@ -224,7 +224,7 @@ def test_tiles_transposed_into_columns_of_a_wider_operand() -> None:
 
 def test_an_fp8_head_is_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """In chunks of 256 tokens, two of them held; the last one is filled up to whole tiles."""
-    monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", 256 * 1024)
+    monkeypatch.setattr(logit_chunks, "CHUNK_LOGITS", 256 * 1024)
     monkeypatch.setattr(cross_entropy, "HELD_CHUNKS", 2)
     torch.manual_seed(0)
     hidden, weight = torch.randn(1000, 256).bfloat16(), torch.randn(1024, 256) * 0.1

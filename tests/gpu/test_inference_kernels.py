@@ -8,14 +8,14 @@ from tensors import relative_error
 from torch import Tensor
 
 from infir2.fp8.tensor import Operand
-from infir2.kernels.heads import HeadNorms, place_heads
+from infir2.kernels.add_norm import add_norm, add_norm_quantize
 from infir2.kernels.norm import rms_norm
 from infir2.kernels.operand import with_layout
 from infir2.kernels.paged_layout import empty_cache
-from infir2.kernels.parts import Parts, Split
 from infir2.kernels.reference import BLOCK, FP8, scale_shape
-from infir2.kernels.residual import add_norm, add_norm_quantize
 from infir2.kernels.rotary import rotate
+from infir2.kernels.rotary_qkv_cache import HeadNorms, rotate_qkv_into_cache
+from infir2.kernels.split_k import PartialSums, Split
 from infir2.kernels.swiglu import silu_mul
 from infir2.model.attention import causal_attention
 from infir2.model.presets import preset
@@ -77,7 +77,7 @@ def test_swiglu(inner: int, dtype: torch.dtype) -> None:
     assert_close(silu_mul(gate.contiguous().cuda(), up.contiguous().cuda()), silu_mul(gate, up))
 
 
-SMALL_MATMUL_SHAPES = [  # outputs, contraction
+SPLIT_K_SHAPES = [  # outputs, contraction
     (2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960),  # qwen2.5-1.5b
     (4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944),  # qwen2.5-7b
     (128, 128), (384, 256), (640, 1152), (1152, 512),
@@ -85,33 +85,33 @@ SMALL_MATMUL_SHAPES = [  # outputs, contraction
 ROWS = pytest.mark.parametrize("rows", [1, 17, 128, 256])
 
 
-def small_matmul(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
-    from infir2.kernels import small_matmul_triton
+def split_k_matmul(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
+    from infir2.kernels import split_k_triton
 
     assert torch.cuda.get_device_capability() == (9, 0), "TMA and FP8 tensor cores: needs Hopper"
-    return small_matmul_triton.scaled_mm(a.codes, a.scale, b.codes, b.scale, dtype)
+    return split_k_triton.scaled_mm(a.codes, a.scale, b.codes, b.scale, dtype)
 
 
 @ROWS
-@pytest.mark.parametrize("shape", SMALL_MATMUL_SHAPES)
-def test_small_matmul_against_float64(shape: tuple[int, int], rows: int) -> None:
+@pytest.mark.parametrize("shape", SPLIT_K_SHAPES)
+def test_split_k_against_float64(shape: tuple[int, int], rows: int) -> None:
     torch.manual_seed(sum(shape))
     outputs, contraction = shape
     a = Operand.quantize(torch.randn(rows, contraction, device="cuda"), "tile", "fp32")
     b = Operand.quantize(torch.randn(outputs, contraction, device="cuda"), "block", "fp32")
     expected = a.dequantize(torch.float64) @ b.dequantize(torch.float64).T
-    exact = small_matmul(a, b, torch.float32)
+    exact = split_k_matmul(a, b, torch.float32)
     # Tensor cores cut the products of a block of 128 to some 14 bits: no float32 sum of FP8 products is nearer.
     assert relative_error(exact, expected) < 1e-3
-    rounded = small_matmul(a, b, torch.bfloat16)
+    rounded = split_k_matmul(a, b, torch.bfloat16)
     assert rounded.dtype == torch.bfloat16
     assert torch.equal(rounded, exact.bfloat16())
-    assert all(torch.equal(small_matmul(a, b, torch.float32), exact) for _ in range(5)), "not the same bits each time"
+    assert all(torch.equal(split_k_matmul(a, b, torch.float32), exact) for _ in range(5)), "not the same bits each time"
 
 
 @ROWS
-@pytest.mark.parametrize("shape", SMALL_MATMUL_SHAPES)
-def test_small_matmul_adds_whole_numbers_and_scales_exactly(shape: tuple[int, int], rows: int) -> None:
+@pytest.mark.parametrize("shape", SPLIT_K_SHAPES)
+def test_split_k_adds_whole_numbers_and_scales_exactly(shape: tuple[int, int], rows: int) -> None:
     """Codes of -2 to 2: tensor cores lose nothing of 128 such products, and float32 little of the scaled sums."""
     torch.manual_seed(sum(shape))
     operands = []
@@ -121,53 +121,53 @@ def test_small_matmul_adds_whole_numbers_and_scales_exactly(shape: tuple[int, in
         operands.append(Operand(codes, with_layout(scale, granularity), granularity))
     a, b = operands
     expected = a.dequantize(torch.float64) @ b.dequantize(torch.float64).T
-    assert relative_error(small_matmul(a, b, torch.float32), expected) < 1e-6
-    assert relative_error(small_matmul(a, b, torch.bfloat16), expected) < 5e-3
+    assert relative_error(split_k_matmul(a, b, torch.float32), expected) < 1e-6
+    assert relative_error(split_k_matmul(a, b, torch.bfloat16), expected) < 5e-3
 
 
-def test_small_matmul_passes_faults_on() -> None:
+def test_split_k_passes_faults_on() -> None:
     """A scale of NaN, as a block with Inf has, reaches the outputs of its row, or of its 128 columns, and no others."""
     x, w = normal(40, 512, dtype=torch.bfloat16).cuda(), normal(384, 512, dtype=torch.bfloat16).cuda()
     x[7, 300], w[200, 3] = torch.inf, torch.nan
-    got = small_matmul(Operand.quantize(x, "tile", "ue8m0"), Operand.quantize(w, "block", "ue8m0"), torch.float32)
+    got = split_k_matmul(Operand.quantize(x, "tile", "ue8m0"), Operand.quantize(w, "block", "ue8m0"), torch.float32)
     wrong = torch.zeros(40, 384, dtype=torch.bool)
     wrong[7], wrong[:, 128:256] = True, True
     assert torch.equal(got.isnan().cpu(), wrong)
 
 
 @pytest.mark.parametrize("shape", [(1536, 1536), (3584, 3584), (1536, 8960), (3584, 18944), (640, 1152)])
-def test_small_matmul_of_a_row_does_not_depend_on_the_others(shape: tuple[int, int]) -> None:
+def test_split_k_of_a_row_does_not_depend_on_the_others(shape: tuple[int, int]) -> None:
     torch.manual_seed(sum(shape))
     a = Operand.quantize(torch.randn(256, shape[1], device="cuda"), "tile", "ue8m0")
     b = Operand.quantize(torch.randn(shape, device="cuda"), "block", "ue8m0")
-    together = small_matmul(a, b, torch.float32)
+    together = split_k_matmul(a, b, torch.float32)
     for rows in (1, 60, 65, 128, 200):
         few = Operand(a.codes[:rows], with_layout(a.scale[:rows], "tile"), "tile")
-        assert torch.equal(small_matmul(few, b, torch.float32), together[:rows]), rows
+        assert torch.equal(split_k_matmul(few, b, torch.float32), together[:rows]), rows
 
 
 @pytest.mark.parametrize("rows", [1, 17, 128, 256, 300])
 @pytest.mark.parametrize("programs", [28, 56, 112, 66, 132, 100])
 @pytest.mark.parametrize("height", [128, 256])
-def test_small_matmul_in_any_tiles_and_parts(height: int, programs: int, rows: int) -> None:
-    from infir2.kernels import small_matmul_triton
+def test_split_k_in_any_tiles_and_parts(height: int, programs: int, rows: int) -> None:
+    from infir2.kernels import split_k_triton
 
     torch.manual_seed(rows)
     a = Operand.quantize(torch.randn(rows, 1152, device="cuda"), "tile", "ue8m0")
     b = Operand.quantize(torch.randn(3584, 1152, device="cuda"), "block", "ue8m0")
-    tile, split = small_matmul_triton._TILES[height], Split(28, 9, programs)
-    product = small_matmul_triton.multiply(a.codes, a.scale, b.codes, b.scale, rows, torch.float32, tile, split)
-    if isinstance(product, Parts):
-        joined = small_matmul_triton.join(product, torch.float32)
-        assert torch.equal(joined, product.added(torch.float32)), "the parts are not added in their order"
+    tile, split = split_k_triton._TILES[height], Split(28, 9, programs)
+    product = split_k_triton.multiply(a.codes, a.scale, b.codes, b.scale, rows, torch.float32, tile, split)
+    if isinstance(product, PartialSums):
+        joined = split_k_triton.join(product, torch.float32)
+        assert torch.equal(joined, product.total(torch.float32)), "the parts are not added in their order"
         product = joined
     expected = a.dequantize(torch.float64) @ b.dequantize(torch.float64).T
     assert relative_error(product, expected) < 1e-3
 
 
-def parts_for(rows: int, outputs: int, programs: int, blocks: int = 10) -> Parts:
+def parts_for(rows: int, outputs: int, programs: int, blocks: int = 10) -> PartialSums:
     split = Split(outputs // BLOCK, blocks, programs)
-    return Parts(torch.randn(split.most, rows, outputs), split)
+    return PartialSums(torch.randn(split.most, rows, outputs), split)
 
 
 @DTYPES
@@ -180,7 +180,7 @@ def test_the_end_of_a_branch(kind: str, cols: int, dtype: torch.dtype) -> None:
     residual, weight = torch.randn(rows, cols).to(dtype), torch.rand(cols) + 0.5
     programs = {"whole": 0, "even parts": 4 * tiles, "uneven parts": 5 * tiles - 1}[kind]
     branch = parts_for(rows, cols, programs) if programs else torch.randn(rows, cols).to(dtype)
-    on_gpu = Parts(branch.sums.cuda(), branch.split) if isinstance(branch, Parts) else branch.cuda()
+    on_gpu = PartialSums(branch.sums.cuda(), branch.split) if isinstance(branch, PartialSums) else branch.cuda()
     expected, normed = add_norm(residual, branch, weight, 1e-6)
     got, got_normed = add_norm(residual.cuda(), on_gpu, weight.cuda(), 1e-6)
     assert torch.equal(got.cpu(), expected), "sums are added in the same order"
@@ -214,10 +214,10 @@ def test_from_projections_to_the_cache(
     angles, slots = torch.rand(tokens, head_dim // 2) * 6, torch.randperm(64)[:tokens]
     stored = FP8 if cache_dtype == "fp8" else dtype
     caches = [empty_cache(4, 16, kv_heads, head_dim, stored, device) for device in ("cpu", "cuda")]
-    q = place_heads(qkv, bias, norms, angles.cos(), angles.sin(), caches[0], slots)
+    q = rotate_qkv_into_cache(qkv, bias, norms, angles.cos(), angles.sin(), caches[0], slots)
     moved = [None if x is None else x.cuda() for x in (bias, angles.cos(), angles.sin(), slots)]
     moved_norms = None if norms is None else HeadNorms(norms.query_weight.cuda(), norms.key_weight.cuda(), norms.eps)
-    got = place_heads(qkv.cuda(), moved[0], moved_norms, moved[1], moved[2], caches[1], moved[3])
+    got = rotate_qkv_into_cache(qkv.cuda(), moved[0], moved_norms, moved[1], moved[2], caches[1], moved[3])
     assert_close(got, q)
     place = slots // 16, slots % 16
     for name, pool in vars(caches[0]).items():
@@ -229,27 +229,27 @@ def test_from_projections_to_the_cache(
                 assert_close(ours, expected)
 
 
-def test_a_cuda_graph_replays_small_matmul() -> None:
+def test_a_cuda_graph_replays_split_k() -> None:
     """With the contraction in parts, that is with a second kernel that starts before the first has ended."""
     b = Operand.quantize(normal(1536, 8960, dtype=torch.bfloat16).cuda(), "block", "ue8m0")
     xs = [torch.randn(256, 8960, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     operands = [Operand.quantize(x, "tile", "ue8m0") for x in xs]
     a = Operand(operands[0].codes.clone(), with_layout(operands[0].scale, "tile"), "tile")
-    expected = [small_matmul(operand, b, torch.bfloat16) for operand in operands]
+    expected = [split_k_matmul(operand, b, torch.bfloat16) for operand in operands]
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = [small_matmul(a, b, torch.bfloat16) for _ in range(20)]
+        got = [split_k_matmul(a, b, torch.bfloat16) for _ in range(20)]
     for operand, same in zip(operands, expected, strict=True):
         operand.moved_into(a)
         graph.replay()
         assert all(torch.equal(each, same) for each in got)
 
 
-def test_few_tokens_take_the_small_matmul() -> None:
+def test_few_tokens_take_split_k() -> None:
     a = Operand.quantize(normal(256, 8960, dtype=torch.bfloat16).cuda(), "tile", "ue8m0")
     b = Operand.quantize(normal(1536, 8960, dtype=torch.bfloat16).cuda(), "block", "ue8m0")
-    assert torch.equal(a.matmul(b, torch.bfloat16), small_matmul(a, b, torch.bfloat16))
+    assert torch.equal(a.matmul(b, torch.bfloat16), split_k_matmul(a, b, torch.bfloat16))
 
 
 def test_where_gradients_are_wanted_the_twins_run() -> None:

@@ -11,13 +11,14 @@ from infir2.fp8.recipe import recipe_named
 from infir2.kernels import paged_attention, paged_layout
 from infir2.kernels.paged_layout import PagedCache, PagedLayout
 from infir2.kernels.reference import FP8
-from infir2.kernels.rows import quantize_rows
+from infir2.kernels.row_codes import quantize_rows
+from infir2.kernels.sample import SamplingBatch, sample
+from infir2.kernels.sample_filter import filter_logits
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
 from infir2.rollout.engine import Engine
 from infir2.rollout.options import EngineOptions
 from infir2.rollout.records import Completion, Request, SamplingParams
-from infir2.rollout.sampler import SamplingBatch, _filtered, sample
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 LENGTHS = [1, 5, 700, 17, 333, 48, 64, 65]
@@ -159,7 +160,7 @@ def test_what_top_k_and_top_p_leave_equals_the_twins(dtype: torch.dtype) -> None
     stay = (keys > key[:, None]) | ((keys == key[:, None]) & (ids <= last[:, None]))
     greedy = batch.temperature == 0
     scaled = logits.float() / torch.where(greedy, 1.0, batch.temperature)[:, None]
-    expected = _filtered(scaled, batch.top_k, batch.top_p, greedy).isfinite()
+    expected = filter_logits(scaled, batch.top_k, batch.top_p, greedy).isfinite()
     wrong = (stay != expected).sum(dim=1)
     assert wrong.max() <= 1, "a sum may meet the border on its other side"
     assert (wrong > 0).float().mean() < 0.1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from infir2 import kernels
 from infir2.cli import COMMANDS
 from infir2.config import CptConfig, describe
 from infir2.serve.protocol import ChatRequest, parse
@@ -27,6 +28,16 @@ def test_paths_of_this_repository_exist(page: Path) -> None:
     for path in re.findall(r"`((?:infir2|tests|bench|recipes|docs)/[\w./*{},-]+)`", page.read_text()):
         if "{" not in path and "*" not in path:
             assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def test_the_map_of_the_kernels_names_each_file_and_its_twin() -> None:
+    """On a GPU attention has two files, and what kernels share has no twin of its own; all others lie in pairs."""
+    lines = kernels.__doc__.split("\n\n")[2].splitlines()
+    named = re.findall(r"\w+", re.sub(r"\(.*?\)|on a GPU", "", " ".join(line[16:] for line in lines)))
+    files = {path.stem for path in Path(kernels.__file__).parent.glob("[!_]*.py")}
+    assert sorted(named) == sorted(name for name in files if name in named or not name.endswith("_triton"))
+    alone = {name for name in files if name.endswith("_triton") and name.removesuffix("_triton") not in files}
+    assert alone == {"paged_decode_triton", "codes_triton"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -17,7 +17,7 @@ from infir2.fp8.linear import Fp8Linear
 from infir2.fp8.recipe import recipe_named
 from infir2.kernels import reference
 from infir2.kernels.norm import fork, norm_quantize, rms_norm
-from infir2.kernels.rows import quantize_rows
+from infir2.kernels.row_codes import quantize_rows
 from infir2.kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_quantize, swiglu_quantize
 from infir2.kernels.transpose import transpose_rows
 from infir2.model.attention import causal_attention
@@ -265,7 +265,7 @@ def test_joined_biases_follow_their_parameters_in_place(monkeypatch: pytest.Monk
 
     def logits(joined: bool) -> Tensor:
         with torch.no_grad(), monkeypatch.context() as patch:
-            patch.setattr(group_module, "forward_only", lambda x: joined)
+            patch.setattr(group_module, "inference_on_cuda", lambda x: joined)
             return model(ids, positions, causal_attention)
 
     torch.testing.assert_close(logits(True), logits(False))

@@ -1,5 +1,7 @@
 """The floors of the house: every import goes down, none goes in a circle, and heavy packages stay where they belong.
 
+What starts with an underscore stays in its file.
+
 The checker reads source with ast, so imports inside functions count as well; planted faults show that it sees them.
 """
 
@@ -101,6 +103,9 @@ def _complaints_of(module: Module, modules: dict[str, Module]) -> list[str]:
             found.append(f"{where}: triton is imported inside functions or in kernels/*_triton.py only")
         if target is None:
             continue
+        name = item.target.split(".")[-1]
+        if name.startswith("_") and not name.startswith("__"):
+            found.append(f"{where}: {name} is private to {target}")
         if _is_triton_file(target) and outside_triton_file and not item.in_function:
             found.append(f"{where}: {target} is imported inside functions only")
         below = _floor(target)
@@ -208,6 +213,11 @@ PLANTED = {
         "kernels/planted.py",
         '"""Doc."""\nfrom infir2.kernels.planted_triton import kernel\n',
         "planted_triton is imported inside functions only",
+    ),
+    "private name": (
+        "train/planted.py",
+        '"""Doc."""\nfrom infir2.train.planted_too import _late\n',
+        "_late is private to infir2.train.planted_too",
     ),
     "empty name": ("train/utils.py", '"""Doc."""\n', "utils says nothing"),
     "no docstring": ("train/planted.py", "X = 1\n", "has no docstring"),

@@ -5,13 +5,13 @@ import torch
 from tensors import relative_error
 from torch import Tensor
 
-from infir2.kernels import cross_entropy, logprob, vocabulary
+from infir2.kernels import cross_entropy, logit_chunks, logprob
 from infir2.kernels import reference as fp8_reference
 
 
 @pytest.mark.parametrize("chunk_logits", [1 << 27, 7 * 1000])
 def test_loss_and_gradients_equal_torch(chunk_logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(logit_chunks, "CHUNK_LOGITS", chunk_logits)
     torch.manual_seed(0)
     hidden = torch.randn(50, 64).requires_grad_()
     weight = torch.randn(1000, 64, requires_grad=True)
@@ -67,7 +67,7 @@ def reference(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float
 def test_token_logprobs_and_their_gradients_in_float64(
     chunk_logits: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(logit_chunks, "CHUNK_LOGITS", chunk_logits)
     torch.manual_seed(1)
     hidden = torch.randn(40, 24, dtype=torch.float64).requires_grad_()
     weight = torch.randn(300, 24, dtype=torch.float64).requires_grad_()
@@ -173,7 +173,7 @@ def test_an_fp8_head_holds_codes_of_some_chunks_at_a_time(tokens: int, monkeypat
     labels = torch.randint(0, 256, (tokens,))
     results = []
     for logits in (1 << 28, 128 * 256):
-        monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", logits)
+        monkeypatch.setattr(logit_chunks, "CHUNK_LOGITS", logits)
         monkeypatch.setattr(cross_entropy, "HELD_CHUNKS", 3)
         hidden.grad = weight.grad = None
         loss = cross_entropy.cross_entropy_sum(hidden, weight, labels, fp8=True)

@@ -337,6 +337,6 @@ def test_heads_that_the_kernel_cannot_turn_go_to_the_twin(monkeypatch: pytest.Mo
     q, k = torch.randn(2, 5, 4, 24), torch.randn(2, 5, 2, 24)
     angles = torch.randn(2, 5, 12)
     expected = rotary.rotate(q, k, angles.cos(), angles.sin())
-    monkeypatch.setattr(rotary, "forward_only", lambda x: True)
+    monkeypatch.setattr(rotary, "inference_on_cuda", lambda x: True)
     for got, turned in zip(rotary.rotate(q, k, angles.cos(), angles.sin()), expected, strict=True):
         assert torch.equal(got, turned)

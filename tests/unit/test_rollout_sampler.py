@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from infir2.kernels.sample import Sampled, sample
+from infir2.kernels.split_mix import uniform
 from infir2.rollout.records import RequestError, SamplingParams
-from infir2.rollout.sampler import Sampled, SamplingBatch, most_likely, random_key, sample, uniform
+from infir2.rollout.sampler import most_likely, random_key, sampling_batch
 
 # 99.99 % quantiles of chi-square for 1 to 11 degrees of freedom; the seeds are fixed, so a pass stays a pass.
 CHI2 = [0.0, 15.14, 18.42, 21.11, 23.51, 25.74, 27.86, 29.88, 31.83, 33.72, 35.56, 37.37]
@@ -16,7 +18,7 @@ CHI2 = [0.0, 15.14, 18.42, 21.11, 23.51, 25.74, 27.86, 29.88, 31.83, 33.72, 35.5
 def draw(logits: Tensor, params: SamplingParams | list[SamplingParams], keys: list[int], counter: int = 0) -> Sampled:
     rows = logits.shape[0]
     listed = params if isinstance(params, list) else [params] * rows
-    return sample(logits, SamplingBatch.make(listed, keys, [counter] * rows, "cpu"))
+    return sample(logits, sampling_batch(listed, keys, [counter] * rows, "cpu"))
 
 
 def expected_distribution(logits: Tensor, params: SamplingParams) -> Tensor:

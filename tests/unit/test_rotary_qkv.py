@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from infir2.kernels.rotary import rotate
-from infir2.kernels.rows import encode_rows
-from infir2.kernels.turned_heads import fits, side_by_side_gradient, turned_heads, turned_heads_gradient
+from infir2.kernels.rotary_qkv import heads_fit, rotate_qkv, rotate_qkv_backward, rotate_qkv_backward_quantize
+from infir2.kernels.row_codes import encode_rows
 
 TOKENS, HEADS, KV_HEADS = 12, 4, 2
 
@@ -35,13 +35,13 @@ def test_the_twins_are_the_single_steps_and_their_gradient(head_dim: int, dtype:
     leaves = [qkv.requires_grad_(), *([bias.requires_grad_()] if biased else [])]
     expected = single_steps(qkv, bias if biased else None, cos, sin)
     with torch.no_grad():
-        got = turned_heads(qkv, bias if biased else None, cos, sin, KV_HEADS)
+        got = rotate_qkv(qkv, bias if biased else None, cos, sin, KV_HEADS)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True))
 
     grads = [torch.randn_like(part) for part in expected]
     d_qkv, *d_bias = torch.autograd.grad(expected, leaves, grads)
-    assert torch.equal(side_by_side_gradient(*grads, cos, sin), d_qkv)
-    *codes, sums = turned_heads_gradient(*grads, cos, sin, 128, True, biased)
+    assert torch.equal(rotate_qkv_backward(*grads, cos, sin), d_qkv)
+    *codes, sums = rotate_qkv_backward_quantize(*grads, cos, sin, 128, True, biased)
     padded = torch.cat([d_qkv, d_qkv.new_zeros(128 - TOKENS, d_qkv.shape[1])])
     for ours, theirs in zip(codes, encode_rows(padded, True), strict=True):
         assert torch.equal(ours.float(), theirs.float())
@@ -51,7 +51,7 @@ def test_the_twins_are_the_single_steps_and_their_gradient(head_dim: int, dtype:
 
 
 def test_which_heads_fit() -> None:
-    assert fits(128, [1536, 256, 256])
-    assert fits(64, [256, 128, 128])
-    assert not fits(64, [256, 64, 64]), "a head that shares its block of 128 columns with another projection's"
-    assert not fits(80, [1280, 1280, 1280])
+    assert heads_fit(128, [1536, 256, 256])
+    assert heads_fit(64, [256, 128, 128])
+    assert not heads_fit(64, [256, 64, 64]), "a head that shares its block of 128 columns with another projection's"
+    assert not heads_fit(80, [1280, 1280, 1280])

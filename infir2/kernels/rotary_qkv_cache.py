@@ -16,14 +16,14 @@ from infir2.kernels.rotary import rotate
 
 
 class HeadNorms(NamedTuple):
-    """Norms of queries and keys, over one head."""
+    """Norms of queries and keys, over one head; weights [head_dim]."""
 
     query_weight: Tensor
     key_weight: Tensor
     eps: float
 
 
-def place_heads(
+def rotate_qkv_into_cache(
     qkv: Tensor,
     bias: Tensor | None,
     norms: HeadNorms | None,
@@ -34,13 +34,13 @@ def place_heads(
 ) -> Tensor:
     """Store the tokens' keys and values in their slots; returns their queries [tokens, heads, head_dim].
 
-    ``qkv`` has [tokens or more, (heads + 2 kv_heads) * head_dim], ``bias`` its dtype; ``cos`` and ``sin`` are float32
-    [tokens, head_dim / 2], ``slots`` int64 [tokens].
+    qkv [tokens or more, (heads + 2 kv_heads) * head_dim], bias its width and dtype; cos and sin float32 [tokens,
+    head_dim / 2], slots int64 [tokens].
     """
     if qkv.is_cuda:
-        from infir2.kernels import heads_triton
+        from infir2.kernels import rotary_qkv_cache_triton
 
-        return heads_triton.place_heads(qkv, bias, norms, cos, sin, cache, slots)
+        return rotary_qkv_cache_triton.rotate_qkv_into_cache(qkv, bias, norms, cos, sin, cache, slots)
     kv_heads, head_dim = cache.keys.shape[2:]
     qkv = qkv[: slots.numel()] if bias is None else qkv[: slots.numel()] + bias
     parts = qkv.unflatten(-1, (-1, head_dim))

@@ -23,15 +23,18 @@ def chunk_tokens(vocabulary: int) -> int:
 
 
 def chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
-    """Slices of so many tokens."""
+    """Slices that cover all tokens, of ``chunk_tokens`` each but the last."""
     size = chunk_tokens(vocabulary)
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
 
 
 def add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + left.T @ right in ``dtype``, in the memory of total, where that is not None; on a GPU inside the GEMM,
-    without rounding the product to that of the operands."""
+    """total + left.T @ right in ``dtype``, in the memory of total, where that is not None.
+
+    left [tokens, m], right [tokens, n] -> [m, n]. On a GPU the sum is made inside the GEMM, without rounding the
+    product to the operands' dtype.
+    """
     if not (left.is_cuda and left.dtype != dtype):
         product = (left.T @ right).to(dtype)
         return product if total is None else total.add_(product)

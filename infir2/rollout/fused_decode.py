@@ -16,14 +16,14 @@ from torch import Tensor
 from infir2.fp8.fused import FusedMlp, FusedProjections
 from infir2.fp8.linear import Fp8Linear
 from infir2.fp8.tensor import Operand
-from infir2.kernels.heads import HeadNorms, place_heads
+from infir2.kernels.add_norm import add_norm, add_norm_quantize
 from infir2.kernels.matmul import multiply_rows
 from infir2.kernels.norm import norm_quantize, rms_norm
 from infir2.kernels.paged_attention import attend, attend_quantize
 from infir2.kernels.paged_layout import PagedCache, PagedLayout
-from infir2.kernels.parts import Parts
 from infir2.kernels.reference import BLOCK
-from infir2.kernels.residual import add_norm, add_norm_quantize
+from infir2.kernels.rotary_qkv_cache import HeadNorms, rotate_qkv_into_cache
+from infir2.kernels.split_k import PartialSums
 from infir2.kernels.swiglu import silu_mul, swiglu_quantize
 from infir2.model.linear import side_by_side, together
 from infir2.model.transformer import MLP, Attention, CausalLM, RMSNorm
@@ -49,10 +49,10 @@ class Branch(Protocol):
 
     fp8: bool
 
-    def __call__(self, entry: Entry, tokens: Tokens) -> Tensor | Parts: ...
+    def __call__(self, entry: Entry, tokens: Tokens) -> Tensor | PartialSums: ...
 
 
-class LeanPass:
+class FusedDecode:
     """The passes of one model that ``fits``."""
 
     @staticmethod
@@ -95,7 +95,9 @@ def _enter(hidden: Tensor, norm: RMSNorm, fp8: bool, tokens: Tokens) -> Entry:
     return Operand(codes, scale, "tile")
 
 
-def _leave(residual: Tensor, branch: Tensor | Parts, norm: RMSNorm, fp8: bool, tokens: Tokens) -> tuple[Tensor, Entry]:
+def _leave(
+    residual: Tensor, branch: Tensor | PartialSums, norm: RMSNorm, fp8: bool, tokens: Tokens
+) -> tuple[Tensor, Entry]:
     """The branch's result added to the residual stream, and what the next branch starts from."""
     if not fp8:
         return add_norm(residual, branch, norm.weight, norm.eps)
@@ -113,7 +115,7 @@ class PlainAttention:
         assert isinstance(entry, Tensor)
         module, cache = self.module, tokens.caches[self.module.layer_index]
         qkv = side_by_side(entry, module.q_proj, module.k_proj, module.v_proj)
-        q = place_heads(qkv, None, self.norms, tokens.cos, tokens.sin, cache, tokens.layout.slots)
+        q = rotate_qkv_into_cache(qkv, None, self.norms, tokens.cos, tokens.sin, cache, tokens.layout.slots)
         return module.o_proj(attend(q, cache, tokens.layout).flatten(1))
 
 
@@ -127,12 +129,12 @@ class Fp8Attention:
         self.group, self.output = module.fused_projections.group, module.o_proj
         self.biased = self.group.linears[0].bias is not None
 
-    def __call__(self, entry: Entry, tokens: Tokens) -> Tensor | Parts:
+    def __call__(self, entry: Entry, tokens: Tokens) -> Tensor | PartialSums:
         assert isinstance(entry, Operand)
         cache, layout = tokens.caches[self.layer_index], tokens.layout
         qkv = entry.matmul(self.group.operand(), tokens.dtype)
         bias = self.group.joined_bias(qkv) if self.biased else None
-        q = place_heads(qkv, bias, self.norms, tokens.cos, tokens.sin, cache, layout.slots)
+        q = rotate_qkv_into_cache(qkv, bias, self.norms, tokens.cos, tokens.sin, cache, layout.slots)
         mixed = Operand(*attend_quantize(q, cache, layout, tokens.rows), "tile")
         return _multiply(mixed, self.output.weight_operand(), tokens)
 
@@ -156,14 +158,14 @@ class Fp8Mlp:
         assert isinstance(module.fused_mlp, FusedMlp)
         self.group, self.down = module.fused_mlp.group, module.fused_mlp.down
 
-    def __call__(self, entry: Entry, tokens: Tokens) -> Tensor | Parts:
+    def __call__(self, entry: Entry, tokens: Tokens) -> Tensor | PartialSums:
         assert isinstance(entry, Operand)
         gate_up = entry.matmul(self.group.operand(), tokens.dtype)
         codes, scale, _, _ = swiglu_quantize(gate_up, False)
         return _multiply(Operand(codes, scale, "tile"), self.down.operand(), tokens)
 
 
-def _multiply(a: Operand, b: Operand, tokens: Tokens) -> Tensor | Parts:
+def _multiply(a: Operand, b: Operand, tokens: Tokens) -> Tensor | PartialSums:
     return multiply_rows(a.codes, a.scale, b.codes, b.scale, tokens.count, tokens.dtype)
 
 

@@ -11,11 +11,11 @@ import torch
 
 
 @functools.cache
-def starts_early(device: torch.device) -> bool:
+def has_dependent_launch(device: torch.device) -> bool:
     """Whether kernels on this device may be launched early."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def early(wanted: bool) -> dict[str, bool]:
-    """The launch option."""
-    return {"launch_pdl": True} if wanted else {}
+def launch_options(dependent: bool) -> dict[str, bool]:
+    """For Triton's launch of a kernel, whether early or not."""
+    return {"launch_pdl": True} if dependent else {}

@@ -4,6 +4,8 @@ The work is a line of steps, one for each 128 terms of the contraction of each t
 programs take equal pieces of that line. So one tile's contraction is shared by neighbours, each of which leaves the
 sums of its own terms, and these are always added in the order of the line. How many programs there are depends on the
 weights alone: what a token's product is does not depend on how many other tokens there are.
+
+Where all tiles have equally many parts that is split-K, else Stream-K (Osama et al., 2023).
 """
 
 from dataclasses import dataclass
@@ -12,12 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from infir2.kernels.reference import BLOCK
-
 
 @dataclass(frozen=True)
 class Split:
-    """How the programs share the work."""
+    """How the programs share the work of one product."""
 
     tiles: int
     """Tiles of columns."""
@@ -44,29 +44,23 @@ class Split:
 
     @cached_property
     def most(self) -> int:
-        """Parts of the tile that has most."""
+        """PartialSums of the tile that has most."""
         return max(map(self.parts, range(self.tiles)))
 
 
 @dataclass(frozen=True)
-class Parts:
+class PartialSums:
     """Sums that make up a matrix [rows, outputs] when they are added and rounded."""
 
     sums: Tensor
     """float32 [most parts, rows, outputs]; of a tile that has fewer parts, the rest is not initialised."""
     split: Split
 
-    def added(self, dtype: torch.dtype) -> Tensor:
-        """The matrix [rows, outputs]."""
+    def total(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [rows, outputs] in ``dtype``, its parts added in their order in float32."""
         width = self.sums.shape[2] // self.split.tiles
         counts = torch.tensor([self.split.parts(tile) for tile in range(self.split.tiles)], device=self.sums.device)
         total = self.sums[0]
         for part in range(1, self.split.most):
             total = torch.where((part < counts).repeat_interleave(width), total + self.sums[part], total)
         return total.to(dtype)
-
-
-def split_evenly(outputs: int, contraction: int, cols: int, parts: int) -> Split:
-    """Every tile of ``cols`` columns shared by ``parts`` programs."""
-    tiles = outputs // cols
-    return Split(tiles, contraction // BLOCK, tiles * parts)

@@ -1,5 +1,7 @@
-"""Triton kernel between projections and attention; ``heads`` defines the result. Imported only where CUDA tensors are
-met. Three programs a token: queries, keys, values. A head is handled as its two halves, which rotary positions turn.
+"""Triton kernel between projections and attention where nothing is kept; ``rotary_qkv_cache`` defines the result.
+
+Three programs a token: queries, keys, values. A head is handled as its two halves, which rotary positions turn.
+Imported only where CUDA tensors are met.
 """
 
 import torch
@@ -8,9 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from infir2.kernels.early import early, starts_early
-from infir2.kernels.head_codes_triton import codes_of, largest_bits, scale_of
-from infir2.kernels.paged_decode_triton import _pools
+from infir2.kernels.codes_triton import codes_of, largest_bits, scale_and_reciprocal
+from infir2.kernels.dependent_launch import has_dependent_launch, launch_options
 from infir2.kernels.paged_layout import PagedCache
 
 
@@ -54,7 +55,7 @@ def _store_heads(
     row += head * HEAD_STRIDE
     place = pool_ptr + row[:, None] * (2 * HALF) + d[None, :]
     if FP8:
-        scale, factor = scale_of(tl.maximum(largest_bits(first), largest_bits(second)))
+        scale, factor = scale_and_reciprocal(tl.maximum(largest_bits(first), largest_bits(second)))
         first, second = codes_of(first, factor), codes_of(second, factor)
         tl.store(scale_ptr + row, scale, mask=inside)
     dtype: tl.constexpr = pool_ptr.dtype.element_ty
@@ -82,14 +83,14 @@ def _place(
 
 
 @triton.jit
-def _place_kernel(
+def _rotate_qkv_into_cache_kernel(
     qkv_ptr, bias_ptr, query_weight_ptr, key_weight_ptr, cos_ptr, sin_ptr, q_ptr,
     key_pool_ptr, value_pool_ptr, key_scale_ptr, value_scale_ptr, slots_ptr, stride, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, KV_LANES: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_STRIDE: tl.constexpr, TOKEN_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr,
-    BIAS: tl.constexpr, NORM: tl.constexpr, FP8: tl.constexpr, EARLY: tl.constexpr,
+    BIAS: tl.constexpr, NORM: tl.constexpr, FP8: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
+    if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
     token, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -115,21 +116,21 @@ def _place_kernel(
         )  # fmt: skip
 
 
-def place_heads(
+def rotate_qkv_into_cache(
     qkv: Tensor, bias: Tensor | None, norms: tuple[Tensor, Tensor, float] | None, cos: Tensor, sin: Tensor,
     cache: PagedCache, slots: Tensor,
 ) -> Tensor:  # fmt: skip
-    """See ``heads.place_heads``."""
+    """See ``rotary_qkv_cache.rotate_qkv_into_cache``."""
     tokens, (kv_heads, head_dim) = slots.numel(), cache.keys.shape[2:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     q = torch.empty(tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     query_weight, key_weight, eps = norms or (qkv, qkv, 0.0)
-    on = starts_early(qkv.device)
-    _place_kernel[(tokens, 3)](
-        qkv, qkv if bias is None else bias, query_weight, key_weight, cos, sin, q, *_pools(cache, False), slots,
+    dependent = has_dependent_launch(qkv.device)
+    _rotate_qkv_into_cache_kernel[(tokens, 3)](
+        qkv, qkv if bias is None else bias, query_weight, key_weight, cos, sin, q, *cache.pools(), slots,
         qkv.stride(0), eps, HEADS=heads, KV_HEADS=kv_heads, HALF=head_dim // 2, LANES=triton.next_power_of_2(heads),
         KV_LANES=triton.next_power_of_2(kv_heads), BLOCK=cache.keys.shape[1], **cache.strides,
-        BIAS=bias is not None, NORM=norms is not None, FP8=cache.key_scale is not None, EARLY=on, num_warps=4,
-        **early(on),
+        BIAS=bias is not None, NORM=norms is not None, FP8=cache.key_scale is not None, DEPENDENT=dependent,
+        num_warps=4, **launch_options(dependent),
     )  # fmt: skip
     return q

@@ -1,7 +1,7 @@
 """Triton FP8 GEMM for few rows: tokens with ``tile`` scales times weights with ``block`` scales.
 
 A pass of decoding reads all weights for a few hundred rows of tokens. A large GEMM's tiles are then too few to keep
-every multiprocessor busy, so the contraction is cut into parts (see ``parts``): each leaves its float32 sums in a
+every multiprocessor busy, so the contraction is cut into parts (see ``split_k``): each leaves its float32 sums in a
 workspace, and another kernel, this file's or one that goes on with the result, adds them in their order, so that the
 same operands always give the same bits. Tiles are as high as they can be: all programs together read the tokens once
 for every tile of columns and the weights once for every tile of rows, all of it from the cache on the chip, which is
@@ -17,8 +17,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from infir2.kernels.parts import Parts, Split
 from infir2.kernels.reference import BLOCK
+from infir2.kernels.split_k import PartialSums, Split
 
 
 class Tile(NamedTuple):
@@ -96,7 +96,7 @@ def _parts_kernel(
 
 
 @triton.jit
-def _add_parts(
+def add_parts(
     sums_ptr, place, col, part_stride, tiles, blocks, programs, COLS: tl.constexpr, MOST: tl.constexpr,
     EVEN: tl.constexpr, inside,
 ):  # fmt: skip
@@ -121,14 +121,14 @@ def _join_parts_kernel(
     gdc_wait()  # it starts before the sums are there, to be ready when they are
     i = tl.program_id(0) * EACH + tl.arange(0, EACH)
     inside = i < part_stride
-    total = _add_parts(sums_ptr, i, i % outputs, part_stride, tiles, blocks, programs, COLS, MOST, EVEN, inside)
+    total = add_parts(sums_ptr, i, i % outputs, part_stride, tiles, blocks, programs, COLS, MOST, EVEN, inside)
     tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def multiply(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, rows: int, out_dtype: torch.dtype,
     tile: Tile | None = None, split: Split | None = None,
-) -> Tensor | Parts:  # fmt: skip
+) -> Tensor | PartialSums:  # fmt: skip
     """The first ``rows`` rows of a @ b.T, where it is not cut into parts in ``out_dtype``.
 
     ``tile`` codes [rows or more, contraction] and ``block`` codes [outputs, contraction], scales laid out as
@@ -147,7 +147,7 @@ def multiply(
         ROWS=tile.rows, COLS=tile.cols,
         num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=True,
     )  # fmt: skip
-    return out if whole else Parts(out, split)
+    return out if whole else PartialSums(out, split)
 
 
 def scaled_mm(
@@ -159,8 +159,8 @@ def scaled_mm(
     return product if isinstance(product, Tensor) else join(product, out_dtype)
 
 
-def join(parts: Parts, out_dtype: torch.dtype) -> Tensor:
-    """See ``Parts.added``."""
+def join(parts: PartialSums, out_dtype: torch.dtype) -> Tensor:
+    """See ``PartialSums.total``."""
     sums, split, each = parts.sums, parts.split, 1024
     _, rows, outputs = sums.shape
     out = torch.empty(rows, outputs, dtype=out_dtype, device=sums.device)

@@ -1,4 +1,4 @@
-"""A decoding round's lean pass against the model's own forward pass: the same bits."""
+"""A decoding round's fused pass against the model's own forward pass: the same bits."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from infir2.kernels.reference import FP8
 from infir2.model.config import ModelConfig
 from infir2.model.transformer import CausalLM
 from infir2.rollout.engine import Engine
-from infir2.rollout.lean import LeanPass
+from infir2.rollout.fused_decode import FusedDecode
 from infir2.rollout.options import EngineOptions
 from infir2.rollout.runner import PagedAttention
 
@@ -69,8 +69,8 @@ def assert_same_bits(model: CausalLM, cache_dtype: torch.dtype) -> None:
         return hidden[0]
 
     expected = model(ids[None], positions[None], PagedAttention(theirs, layout()), hidden_states)
-    assert LeanPass.fits(model)
-    got = LeanPass(model)(ids, positions, ours, layout())
+    assert FusedDecode.fits(model)
+    got = FusedDecode(model)(ids, positions, ours, layout())
     assert torch.equal(got, expected)
     for a, b in zip(ours, theirs):
         assert torch.equal(a.keys.view(torch.uint8), b.keys.view(torch.uint8))
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_left_to_the_model() -> None:
     model = make_model(FP8_ARCHITECTURE, dtype=torch.bfloat16)
     names = [f"model.layers.{i}.self_attn.o_proj." for i in range(FP8_ARCHITECTURE.num_hidden_layers)]
     convert(model, recipe_named("blockwise"), keep=dict.fromkeys(names, "kept"))
-    assert not LeanPass.fits(model)
+    assert not FusedDecode.fits(model)
     requests = mixed_requests(6)
     rounds, plain = (flat(Engine(model, options=EngineOptions(decode_rounds=n)).generate(requests)) for n in (4, 1))
     assert [c.token_ids for c in rounds] == [c.token_ids for c in plain]

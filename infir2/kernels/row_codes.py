@@ -20,7 +20,7 @@ from infir2.kernels.operand import AMAX_PARTS, empty_rows, with_layout
 
 
 def encode_rows(x: Tensor, amax: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The twin: codes, scale and amax of ``x`` [rows, cols] in plain torch, laid out as ``operand`` says."""
+    """The twin: (codes, scale, amax) of ``x`` [rows, cols], bfloat16 or float32, laid out as ``operand`` says."""
     codes, scale = reference.quantize(x, "tile", "ue8m0")
     largest = torch.zeros(AMAX_PARTS, x.shape[1] if amax else 0, dtype=torch.float32, device=x.device)
     if amax and len(x):
@@ -35,9 +35,9 @@ def _empty_quantize_rows(x: Tensor, amax: bool) -> tuple[Tensor, Tensor, Tensor]
 
 @custom_op(_empty_quantize_rows)
 def quantize_rows(x: Tensor, amax: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes, scale, amax) of ``x`` [rows, cols], bfloat16 or float32."""
+    """(codes, scale, amax) of ``x`` [rows, cols], bfloat16 or float32; amax: whether the columns' maxima are taken."""
     if not x.is_cuda:
         return encode_rows(x, amax)
-    from infir2.kernels import rows_triton
+    from infir2.kernels import row_codes_triton
 
-    return rows_triton.quantize_rows(x, amax)
+    return row_codes_triton.quantize_rows(x, amax)

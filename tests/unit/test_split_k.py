@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infir2.kernels.parts import Parts, Split, split_evenly
+from infir2.kernels.split_k import PartialSums, Split
 
 
 @given(st.integers(1, 7), st.integers(1, 40), st.data())
@@ -24,7 +24,7 @@ def test_every_step_has_the_owner_whose_piece_it_lies_in(tiles: int, blocks: int
 
 
 def test_an_even_split_gives_every_tile_the_same_parts() -> None:
-    split = split_evenly(outputs=3584, contraction=18944, cols=128, parts=4)
+    split = Split(tiles=28, blocks=148, programs=4 * 28)
     assert split.even
     assert [split.parts(tile) for tile in range(split.tiles)] == [4] * 28
 
@@ -39,5 +39,5 @@ def test_parts_are_added_in_order_and_what_is_not_there_is_not_read(programs: in
         sums[split.parts(tile) :, :, cols] = torch.nan
         for part in range(split.parts(tile)):
             expected[:, cols] += sums[part, :, cols]
-    assert torch.equal(Parts(sums, split).added(torch.float32), expected)
-    assert Parts(sums, split).added(torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(PartialSums(sums, split).total(torch.float32), expected)
+    assert PartialSums(sums, split).total(torch.bfloat16).dtype == torch.bfloat16

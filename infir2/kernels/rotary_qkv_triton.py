@@ -1,4 +1,4 @@
-"""Triton kernels of ``turned_heads``, which holds their twins. Imported only where CUDA tensors are met.
+"""Triton kernels of ``rotary_qkv``, which holds their twins. Imported only where CUDA tensors are met.
 
 A block of 128 columns holds one head or more. It is handled as the first and the second halves of its heads, which
 rotary positions turn into each other. Nothing is fused into one rounding: the twin's bits come out.
@@ -9,17 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from infir2.kernels.codes_triton import (
+    absolute,
+    larger,
+    raise_maxima,
+    store_maxima,
+    tile_codes,
+    tile_scales,
+    to_float32,
+)
+from infir2.kernels.operand import zeroed_rows
 from infir2.kernels.reference import BLOCK
-from infir2.kernels.rows_triton import (
-    _absolute,
-    _codes,
-    _keep_largest,
-    _larger,
-    _raised,
-    _row_scales,
-    _wide,
-    zeroed_rows,
-)  # fmt: skip
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _part(block, q_ptr, k_ptr, v_ptr, q_blocks, kv_blocks):
 
 
 @triton.jit
-def _turned_heads_kernel(
+def _rotate_qkv_kernel(
     qkv_ptr, bias_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, tokens, stride, q_blocks, kv_blocks,
     BIAS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -58,11 +58,11 @@ def _turned_heads_kernel(
     c = _columns(block, HALF)
     place = r[:, None] * stride + c[None, :]
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
-    first = _wide(tl.load(qkv_ptr + place, mask=inside, other=0.0))
-    second = _wide(tl.load(qkv_ptr + place + HALF, mask=inside, other=0.0))
+    first = to_float32(tl.load(qkv_ptr + place, mask=inside, other=0.0))
+    second = to_float32(tl.load(qkv_ptr + place + HALF, mask=inside, other=0.0))
     if BIAS:
-        first = _wide((first + _wide(tl.load(bias_ptr + c))[None, :]).to(dtype))
-        second = _wide((second + _wide(tl.load(bias_ptr + c + HALF))[None, :]).to(dtype))
+        first = to_float32((first + to_float32(tl.load(bias_ptr + c))[None, :]).to(dtype))
+        second = to_float32((second + to_float32(tl.load(bias_ptr + c + HALF))[None, :]).to(dtype))
     if block < q_blocks + kv_blocks:
         cos, sin = _angles(cos_ptr, sin_ptr, r, inside, HALF)
         first, second = first * cos - second * sin, second * cos + first * sin
@@ -73,7 +73,7 @@ def _turned_heads_kernel(
 
 
 @triton.jit
-def _gradient_kernel(
+def _rotate_qkv_backward_kernel(
     dq_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, codes_ptr, scale_ptr, amax_ptr, bias_ptr,
     tokens, rows, cols, strip, q_blocks, kv_blocks,
     AMAX: tl.constexpr, BIAS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
@@ -93,28 +93,28 @@ def _gradient_kernel(
         r = start.to(tl.int64) + tl.arange(0, ROWS)
         inside, there = (r < tokens)[:, None], (r < end)
         place = r[:, None] * width + own[None, :]
-        first = _wide(tl.load(ptr + place, mask=inside, other=0.0))
-        second = _wide(tl.load(ptr + place + HALF, mask=inside, other=0.0))
+        first = to_float32(tl.load(ptr + place, mask=inside, other=0.0))
+        second = to_float32(tl.load(ptr + place + HALF, mask=inside, other=0.0))
         cos, sin = _angles(cos_ptr, sin_ptr, r, inside & turns, HALF)
         left, right = first * cos + second * sin, second * cos - first * sin
-        first = _wide(tl.where(turns, left, first).to(dtype))
-        second = _wide(tl.where(turns, right, second).to(dtype))
-        largest = _larger(tl.reduce(_absolute(first), 1, _larger), tl.reduce(_absolute(second), 1, _larger))
-        factor, mask, scale = _row_scales(largest)
+        first = to_float32(tl.where(turns, left, first).to(dtype))
+        second = to_float32(tl.where(turns, right, second).to(dtype))
+        largest = larger(tl.reduce(absolute(first), 1, larger), tl.reduce(absolute(second), 1, larger))
+        factor, mask, scale = tile_scales(largest)
         factor, mask = tl.broadcast_to(factor[:, None], first.shape), tl.broadcast_to(mask[:, None], first.shape)
         place = r[:, None] * cols + c[None, :]
-        tl.store(codes_ptr + place, _codes(first, factor, mask), mask=there[:, None])
-        tl.store(codes_ptr + place + HALF, _codes(second, factor, mask), mask=there[:, None])
+        tl.store(codes_ptr + place, tile_codes(first, factor, mask), mask=there[:, None])
+        tl.store(codes_ptr + place + HALF, tile_codes(second, factor, mask), mask=there[:, None])
         tl.store(scale_ptr + block.to(tl.int64) * rows + r, scale, mask=there)
         if AMAX:
-            columns, highest = _raised(columns, highest, first, largest)
-            further_columns = _larger(further_columns, _absolute(second))
+            columns, highest = raise_maxima(columns, highest, first, largest)
+            further_columns = larger(further_columns, absolute(second))
         if BIAS:
             sums += first
             further_sums += second
     if AMAX:
-        _keep_largest(amax_ptr, columns, highest, c, c < cols, cols)
-        _keep_largest(amax_ptr, further_columns, highest, c + HALF, c < cols, cols)
+        store_maxima(amax_ptr, columns, highest, c, c < cols, cols)
+        store_maxima(amax_ptr, further_columns, highest, c + HALF, c < cols, cols)
     if BIAS:
         bias_ptr += tl.program_id(0) * cols
         tl.store(bias_ptr + c, tl.sum(sums, axis=0))
@@ -126,14 +126,14 @@ _FORWARD = {"ROWS": 16, "num_warps": 4}
 _BACKWARD = {"ROWS": 4, "STAGES": 3, "num_warps": 1}
 
 
-def turned_heads(
+def rotate_qkv(
     qkv: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``turned_heads.turned_heads``."""
+    """See ``rotary_qkv.rotate_qkv``."""
     tokens, head_dim = qkv.shape[0], 2 * cos.shape[1]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     q, k, v = (qkv.new_empty(tokens, count, head_dim) for count in (heads, kv_heads, kv_heads))
-    _turned_heads_kernel[(triton.cdiv(tokens, _FORWARD["ROWS"]), qkv.shape[1] // BLOCK)](
+    _rotate_qkv_kernel[(triton.cdiv(tokens, _FORWARD["ROWS"]), qkv.shape[1] // BLOCK)](
         qkv, qkv if bias is None else bias, cos.contiguous(), sin.contiguous(), q, k, v, tokens, qkv.stride(0),
         heads * head_dim // BLOCK, kv_heads * head_dim // BLOCK,
         BIAS=bias is not None, HALF=head_dim // 2, **_FORWARD, enable_fp_fusion=False,
@@ -141,10 +141,10 @@ def turned_heads(
     return q, k, v
 
 
-def turned_heads_gradient(
+def rotate_qkv_backward_quantize(
     dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, rows: int, amax: bool, bias: bool, parts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``turned_heads.turned_heads_gradient``; by ``parts`` programs a block of columns."""
+    """See ``rotary_qkv.rotate_qkv_backward_quantize``; by ``parts`` programs a block of columns."""
     q_blocks, kv_blocks = (part.shape[1] * part.shape[2] // BLOCK for part in (dq, dk))
     cols = (q_blocks + 2 * kv_blocks) * BLOCK
     codes, scale, largest = zeroed_rows(rows, cols, amax, dq.device)
@@ -152,7 +152,7 @@ def turned_heads_gradient(
     strip = triton.cdiv(triton.cdiv(rows, parts), tile) * tile
     sums = torch.empty(parts if bias else 0, cols, dtype=torch.float32, device=dq.device)
     # Programs that find no tokens write zeros into their row of the sums.
-    _gradient_kernel[(parts, q_blocks + 2 * kv_blocks)](
+    _rotate_qkv_backward_kernel[(parts, q_blocks + 2 * kv_blocks)](
         dq.contiguous(), dk.contiguous(), dv.contiguous(), cos.contiguous(), sin.contiguous(),
         codes, scale, largest.view(torch.int32), sums, dq.shape[0], rows, cols, strip, q_blocks, kv_blocks,
         AMAX=amax, BIAS=bias, HALF=dq.shape[2] // 2, **_BACKWARD, enable_fp_fusion=False,
