@@ -49,8 +49,8 @@ class Fp8Section(Section):
     """How gate and up, the largest activations, wait for the backward pass of blockwise and hybrid: as FP8 codes, as
     they are (more memory, no rounding), or recomputed (least memory, one more GEMM)."""
     head: bool = False
-    """Whether pre-training and fine-tuning compute the logits and their input's gradient in FP8 too. Held-out losses,
-    generation and exports do not: the head's weight stays what it is."""
+    """Whether the output head's three GEMMs of pre-training and fine-tuning run in FP8 too. Held-out losses, generation
+    and exports do not use that: the head's weight stays what it is."""
     bf16_first_layers: Count = 0
     """Decoder layers at the bottom that stay in BF16."""
     bf16_last_layers: Count = 0
