@@ -210,6 +210,20 @@ def test_stage_2_from_stage_1(recipe: Recipe, chat_model: Path, capsys: pytest.C
     assert error == f"{chat_model}: no checkpoint to start from: {what}"
 
 
+def test_stage_2_from_a_run_that_was_moved(recipe: Recipe, tmp_path: Path) -> None:
+    one, first = recipe("one", **{"train.epochs": 1})
+    assert sft(one) == 0
+    moved = first.rename(tmp_path / "moved")
+    other = write_model(tmp_path / "other", vocab_size=384)
+    tok.train_tokenizer(["another text: 9 of 8, user assistant"] * 3, 300, other)
+    assert sft(one, "--model.path", str(other), "--train.epochs", "1") == 0, "another run in its place"
+    settings = {"model.path": None, "init.checkpoint": str(moved), "train.epochs": 1, "optim.schedule": "constant"}
+    two, run = recipe("two", **settings)
+    assert sft(two) == 0
+    names = [tok.fingerprint(tok.load_tokenizer(folder / "tokenizer")) for folder in (first, moved, run)]
+    assert names[0] != names[1] == names[2]
+
+
 def weights(run: Path, recipe: Path) -> dict[str, list[float]]:
     """Parameters of a run's newest checkpoint, as a recipe's model reads them."""
     config = load(SftConfig, recipe, ["--run", str(run)])
