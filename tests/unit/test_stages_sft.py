@@ -177,6 +177,13 @@ def test_changed_rows_are_noticed_and_kept_rows_made_anew(
     assert [line["step"] for line in metrics_lines(run)] == list(range(1, 9))
     (run / "rows/train-tokens.npy").write_bytes(b"damaged")
     assert sft(path, "--train.epochs", "3") == 0
+    for name, damaged in (("train-tokens", b""), ("train-trained", None), ("validation-tokens", None)):
+        file = run / f"rows/{name}.npy"
+        whole = file.read_bytes()
+        flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+        file.write_bytes(flipped if damaged is None else damaged)
+        assert sft(path, "--train.epochs", "3") == 0
+        assert file.read_bytes() == whole, "made anew"
     write_rows(tmp_path / "rows.jsonl", 21, seed=8)
     assert "other data" in error_of(capsys, path, "--train.epochs", "4")
 
