@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from infir2.data.documents import BadRow, RawFile, find_files, json_lines, object_of_json, printable
+from infir2.data.documents import UNREADABLE, BadRow, RawFile, find_files, json_lines, object_of_json, printable
 from infir2.data.named_set import load_named
 from infir2.errors import DataError
 
@@ -78,7 +78,7 @@ class RowSource:
             try:
                 for line, parse, passed in read(file, self._parse_row):
                     yield Row(file.path, line, parse, min(1.0, (done + passed) / total))
-            except (OSError, EOFError) as error:
+            except UNREADABLE as error:
                 raise DataError(f"{printable(file.path)}: cannot be read: {error}") from None
             done += file.size
 
