@@ -261,3 +261,11 @@ def test_a_folder_that_a_stage_excludes_by_name_is_none_of_its_inputs(folder: Pa
     before = [step.fingerprint for step in plan(text, folder).steps]
     (folder / "tests/new.py").write_text("changed")
     assert [step.fingerprint for step in plan(text, folder).steps] == before
+
+
+def test_a_link_to_nothing_in_a_folder_that_a_stage_reads(folder: Path) -> None:
+    """As Emacs makes one beside every file that is edited."""
+    (folder / "text").mkdir()
+    (folder / "text/.#notes.txt").symlink_to("somebody@machine.1234")
+    steps = plan(CHAIN.replace("--stage 2", "--stage 2 --tokenizer text"), folder).steps
+    assert steps[2].words[-3:] == ("text", "--count", "5")
