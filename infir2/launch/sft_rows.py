@@ -5,6 +5,7 @@ import json
 import shutil
 import uuid
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from infir2.errors import DataError
 from infir2.launch.progress import share_bar
 
 _ROWS_FORMAT = 1
+PATIENCE = timedelta(days=1)
+"""How long the other processes wait while the first one tokenises: millions of long rows take more than an hour."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def tokenize_once(config: SftConfig, chat: ChatTokenizer) -> SftRows:
         if kept is None or not kept.is_intact():
             _save_rows(tokenize(config, chat, show_progress=True), folder, key)
 
-    ranks = Ranks()
+    ranks = Ranks(PATIENCE)
     ranks.lead(make)
     opened = ranks.each(lambda: _open_rows(folder, key) is not None)
     rows = _open_rows(folder, key)
