@@ -175,8 +175,9 @@ def _named_files(words: Sequence[str]) -> list[Path]:
     found, excluded = [], False
     for word in words:
         if word.startswith("--"):
-            excluded = word == "--exclude"
-        elif not excluded and Path(word).exists():
+            option, _, word = word.partition("=")
+            excluded = option == "--exclude"
+        if not excluded and os.path.exists(word):
             found.append(Path(word))
     return found
 

@@ -87,11 +87,13 @@ def test_fingerprints_follow_what_a_stage_reads(folder: Path) -> None:
     assert fingerprints() == before
     more = fingerprints(CHAIN, "--vars.count", "13")
     assert [a == b for a, b in zip(before, more)] == [False, False, True], "what reads a changed stage changes too"
-    with_file = CHAIN.replace("--stage 2", "--stage 2 --tokenizer notes.txt")
-    (folder / "notes.txt").write_text("one")
-    first = fingerprints(with_file)
-    (folder / "notes.txt").write_text("two and more")
-    assert [a == b for a, b in zip(first, fingerprints(with_file))] == [True, True, False]
+    for option in ("--tokenizer notes.txt", "--tokenizer=notes.txt"):
+        with_file = CHAIN.replace("--stage 2", f"--stage 2 {option}")
+        (folder / "notes.txt").write_text("one")
+        first = fingerprints(with_file)
+        (folder / "notes.txt").write_text("two and more")
+        assert [a == b for a, b in zip(first, fingerprints(with_file))] == [True, True, False]
+    fingerprints(CHAIN.replace("--stage 2", f"--stage 2 --note {'x' * 300}"))  # no name of a file
 
 
 def test_a_chain_runs_once_and_only_what_changed_again(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
