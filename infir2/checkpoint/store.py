@@ -325,7 +325,7 @@ def peek_meta(text: str | Path) -> dict[str, Any] | None:
             meta = json.loads((folder / META).read_bytes())
         except (OSError, ValueError):
             continue
-        if isinstance(meta, dict):
+        if isinstance(meta, dict) and "architecture" in meta:  # else another program's file of this name
             tokenizer = tokenizer_of(folder, meta)
             return {**meta, "tokenizer": str(tokenizer) if tokenizer else None}
     return None

@@ -207,7 +207,7 @@ def find_files(
     first: dict[str, int] = {}  # real path -> the input that gave it
     for source, given in enumerate(inputs):
         path = Path(given)
-        if not str(given) or not path.exists():
+        if not str(given) or not os.path.exists(path):  # false for a name that is too long, too
             raise DataError(f"{str(given) or repr(given)}: no such file or folder")
         names = [path] if path.is_file() else list(_walk(path, exclude))
         chosen = [(name, form) for name in names if (form := _format_of(name, formats, plain))]

@@ -236,3 +236,11 @@ def test_a_run_folder_that_cannot_remember_what_was_verified(
     (run / "run.json").touch()
     assert error_of(capsys, path).startswith(f"{run}/.verified_data.json.")
     assert not (run / "checkpoints").exists()
+
+
+def test_a_meta_json_that_is_no_checkpoints(recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path, run = recipe()
+    (tmp_path / "meta.json").write_text("{}")
+    words = ("--model.path", "null", "--init.checkpoint", str(tmp_path))
+    assert error_of(capsys, path, *words) == f"{tmp_path}: no checkpoint to start from"
+    assert not run.exists()

@@ -266,6 +266,7 @@ def test_a_place_that_is_a_link(tmp_path: Path) -> None:
         (("A", "--max-bytes", -5), "--max-bytes -5: must be at least 1"),
         (("A", "--vocab-size", 10**20), "a byte-level tokenizer has 261 to 10,000,000 tokens"),
         (("",), "'': no such file or folder"),
+        (("x" * 300,), "xxx: no such file or folder"),
         (("A", "A"), "named twice: by"),
         (("A", "FOLDER"), "named twice: by"),
         (("FOLDER", "--out", "FOLDER/data/out"), "lies inside FOLDER, whose text would hold it the next time"),
