@@ -94,7 +94,7 @@ def conversation_of(row: dict[str, Any]) -> Conversation:
     """The conversation of a row. Raises BadRow: no_messages, bad_message, no_assistant."""
     messages = row.get("messages")
     if messages is None and row.get("prompt") is not None and row.get("completion") is not None:
-        messages = [*_as_messages(row["prompt"], "user"), *_as_messages(row["completion"], "assistant")]
+        messages = [*_as_messages(row, "prompt", "user"), *_as_messages(row, "completion", "assistant")]
     if not isinstance(messages, list) or not messages:
         raise BadRow("no_messages")
     checked = checked_messages(messages)
@@ -108,8 +108,13 @@ def checked_messages(messages: Sequence[Any]) -> list[Message]:
     return [_checked(message, number) for number, message in enumerate(messages, 1)]
 
 
-def _as_messages(value: Any, role: str) -> Any:
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
+def _as_messages(row: dict[str, Any], key: str, role: str) -> list[Any]:
+    value = row[key]
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        raise BadRow("bad_message", f"{key} is neither text nor messages")
+    return value
 
 
 def _checked(message: Any, number: int) -> Message:
