@@ -19,9 +19,9 @@ from infir2.checkpoint.huggingface import (
     require_space,
     write_folder,
 )
-from infir2.checkpoint.model_source import TOKENIZER, ModelSource
+from infir2.checkpoint.model_source import ModelSource
 from infir2.checkpoint.safetensors_writer import TensorSpec
-from infir2.checkpoint.store import CheckpointStore, reason
+from infir2.checkpoint.store import TOKENIZER, CheckpointStore, reason
 from infir2.data.tokenizer import copy_tokenizer
 from infir2.durable import write_file
 from infir2.errors import CheckpointError

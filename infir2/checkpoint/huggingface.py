@@ -6,7 +6,6 @@ streams shards into a temporary folder that is renamed when it is complete. No c
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from infir2.checkpoint import manifest
 from infir2.checkpoint.safetensors_writer import INDEX, WEIGHTS, TensorSpec, write_gathered, write_planned
 from infir2.checkpoint.state import model_state
+from infir2.data.replaced_folder import built_beside
 from infir2.data.tokenizer import copy_tokenizer
 from infir2.durable import replace_file
 from infir2.errors import CheckpointError, how_to_fetch, some_of
@@ -196,16 +195,13 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     Raises CheckpointError if ``out`` is there and not empty, and for whatever the operating system refuses.
     """
     out = Path(out)
-    temporary = out.parent / f"{manifest.TEMPORARY}{out.name}-{os.getpid()}"
     try:
         require_new(out)
-        temporary.mkdir(parents=True)
-        yield temporary
-        manifest.publish(temporary, out)
+        with built_beside(out) as temporary:
+            yield temporary
+            require_new(out)  # it has taken a while
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def require_new(out: Path) -> None:

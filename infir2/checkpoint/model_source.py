@@ -9,7 +9,7 @@ import torch
 
 from infir2.checkpoint.fp8_format import Fp8Folder, ScaleFormat, check_quantization
 from infir2.checkpoint.huggingface import CONFIG, HfFolder, Tensors, read_config, stored_names
-from infir2.checkpoint.store import META, CheckpointStore
+from infir2.checkpoint.store import META, TOKENIZER, CheckpointStore, tokenizer_of
 from infir2.checkpoint.stored_model import StoredModel
 from infir2.data.tokenizer import has_tokenizer
 from infir2.errors import CheckpointError, how_to_fetch
@@ -19,8 +19,6 @@ from infir2.model.transformer import CausalLM
 
 CARRIED = ("generation_config.json", "LICENSE", "README.md")
 """Text files that go with a model from folder to folder, besides the tokenizer's."""
-TOKENIZER = "tokenizer"
-"""Folder of a run, beside its checkpoints, with its tokenizer; in a converted one also with what is carried."""
 Kind = Literal["hf", "fp8", "dcp"]
 
 
@@ -97,9 +95,9 @@ def _from_checkpoint(path: Path) -> ModelSource:
     architecture = from_hf(meta["architecture"], f"{path / META}: architecture")
     tensors = StoredModel(path)
     names = stored_names(tensors, _meta_model(architecture))
-    beside = path.parent.parent / TOKENIZER
+    beside = path.absolute().parent.parent / TOKENIZER
     recorded = Path(meta["tokenizer"]) if meta.get("tokenizer") else None
-    tokenizer = next((place for place in (beside, recorded) if place and has_tokenizer(place)), None)
+    tokenizer = tokenizer_of(path, meta)
     # A trained model inherits from the one it started from, but is not described by that one's card.
     parent = ((meta.get("config") or {}).get("model") or {}).get("path")
     heirlooms = [_carried(Path(place), CARRIED[:2]) for place in (parent, recorded) if place]

@@ -5,6 +5,7 @@ group may be NCCL and because checkpoints are written by a background thread whi
 """
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -15,11 +16,14 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """All processes of the job. Every method but ``share`` is collective: each process calls it, in the same order."""
+    """All processes of the job. Every method but ``share`` is collective: each process calls it, in the same order.
 
-    def __init__(self) -> None:
+    ``patience``: how long a process waits for another one's work; by default torch's half an hour.
+    """
+
+    def __init__(self, patience: timedelta | None = None) -> None:
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.group = dist.new_group(backend="gloo") if several else None
+        self.group = dist.new_group(backend="gloo", timeout=patience) if several else None
         self.rank = dist.get_rank() if several else 0
         self.size = dist.get_world_size() if several else 1
 

@@ -24,10 +24,13 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from infir2.checkpoint import manifest, safe_reader
 from infir2.checkpoint.ranks import Ranks
 from infir2.checkpoint.state import cpu_copy, flatten
+from infir2.data.tokenizer import has_tokenizer
 from infir2.durable import write_file
 from infir2.errors import CheckpointError, some_of
 
 META = "meta.json"
+TOKENIZER = "tokenizer"
+"""Folder of a run, beside its checkpoints, with its tokenizer; in a converted one also with what is carried."""
 _STEP = re.compile(r"step-(\d{6,})")
 _log = logging.getLogger(__name__)
 # DCP says this at every save and load of a single process, where it is what we mean.
@@ -312,7 +315,8 @@ class _ReadWhenWritten(DefaultSavePlanner):
 def peek_meta(text: str | Path) -> dict[str, Any] | None:
     """``meta`` of the newest checkpoint that a user means (see ``find``), unverified; None where there is none to read.
 
-    For what must be known before a model is built. What is loaded later is verified.
+    For what must be known before a model is built. What is loaded later is verified. ``tokenizer`` in it is what
+    ``tokenizer_of`` finds.
     """
     path = Path(text).expanduser()
     folders = [path, *(step for root in (path / "checkpoints", path) for _, step in _steps(root))]
@@ -321,9 +325,20 @@ def peek_meta(text: str | Path) -> dict[str, Any] | None:
             meta = json.loads((folder / META).read_bytes())
         except (OSError, ValueError):
             continue
-        if isinstance(meta, dict):
-            return meta
+        if isinstance(meta, dict) and "architecture" in meta:  # else another program's file of this name
+            tokenizer = tokenizer_of(folder, meta)
+            return {**meta, "tokenizer": str(tokenizer) if tokenizer else None}
     return None
+
+
+def tokenizer_of(checkpoint: Path, meta: Mapping[str, Any]) -> Path | None:
+    """Folder of the tokenizer that the model in a checkpoint knows: the one in its run, else the one that meta names.
+
+    In this order, because a run may be moved, and another one with another tokenizer may be made in its place.
+    """
+    beside = checkpoint.absolute().parent.parent / TOKENIZER
+    recorded = Path(meta["tokenizer"]) if meta.get("tokenizer") else None
+    return next((place for place in (beside, recorded) if place and has_tokenizer(place)), None)
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from infir2.config.section import Section
 
@@ -27,6 +27,20 @@ def section_at(kind: type[Section], keys: Sequence[str]) -> type[Section] | None
         field = section.model_fields.get(key) if _is_section(section) else None
         section = field.annotation if field else None
     return section if _is_section(section) else None
+
+
+def takes_text(kind: type[Section], keys: Sequence[str]) -> bool:
+    """Whether the values of this key, or of the entries of the table that it is one of, are text and nothing else."""
+    *place, key = keys
+    section, table = section_at(kind, place), section_at(kind, place[:-1])
+    annotation: Any = None
+    if section is not None and key in section.model_fields:
+        annotation = section.model_fields[key].annotation
+    elif table is not None and place and place[-1] in table.model_fields:
+        annotation = (*get_args(table.model_fields[place[-1]].annotation), None, None)[1]
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return annotation is str or annotation == str | None
 
 
 def may_be_unset(kind: type[Section], keys: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from infir2.config.keys import may_be_unset, section_at
+from infir2.config.keys import may_be_unset, section_at, takes_text
 from infir2.config.mistakes import explain
 from infir2.config.recipe_kind import other_command
 from infir2.config.section import Section
@@ -19,7 +20,8 @@ C = TypeVar("C", bound=Section)
 
 
 def load(kind: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
-    """Read a recipe and apply dotted overrides such as ``["--optim.lr", "5e-5"]`` (values in TOML notation).
+    """Read a recipe and apply dotted overrides such as ``["--optim.lr", "5e-5"]`` (values in TOML notation;
+    a key that is text takes any word as it stands).
 
     Raises ConfigError with a line for every mistake, naming the file, the key and the nearest valid key.
     """
@@ -69,7 +71,7 @@ def to_toml(config: Section) -> str:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe file") from None
     except tomllib.TOMLDecodeError as error:
@@ -96,7 +98,10 @@ def _apply_overrides(kind: type[Section], table: dict[str, Any], overrides: Sequ
             if not isinstance(place, dict):
                 raise ConfigError(f"command line: {flag}: {section} is a value, not a section")
         unset = text in ("null", "none") and may_be_unset(kind, keys)
-        place[key] = None if unset else _toml_value(text)
+        value = None if unset else _toml_value(text)
+        # 12e4567 is a fine name, and neither infinity nor 1.10 what 1.1 is.
+        plain = takes_text(kind, keys) and not (unset or isinstance(value, str))
+        place[key] = text if plain else value
         written.add(".".join(keys))
     _unset_alternatives(kind, table, written)
     return written
@@ -123,7 +128,7 @@ def _toml_value(text: str) -> Any:
 def _write_table(table: dict[str, Any], prefix: str, lines: list[str]) -> None:
     for key, value in table.items():
         if not isinstance(value, dict):
-            lines.append(f"{_toml_key(key)} = {json.dumps(value)}")
+            lines.append(f"{_toml_key(key)} = {_toml_text(value)}")
     for key, value in table.items():
         if isinstance(value, dict):
             name = f"{prefix}{_toml_key(key)}"
@@ -132,4 +137,9 @@ def _write_table(table: dict[str, Any], prefix: str, lines: list[str]) -> None:
 
 
 def _toml_key(key: str) -> str:
-    return key if key.isidentifier() else json.dumps(key)
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_text(key)
+
+
+def _toml_text(value: Any) -> str:
+    """TOML is JSON here, but for characters beyond 16 bits, which JSON would spell as two, and DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from infir2.data.documents import BadRow, RawFile, find_files, json_lines, object_of_json, printable
+from infir2.data.documents import UNREADABLE, BadRow, RawFile, find_files, json_lines, object_of_json, printable
 from infir2.data.named_set import load_named
 from infir2.errors import DataError
 
@@ -78,7 +78,7 @@ class RowSource:
             try:
                 for line, parse, passed in read(file, self._parse_row):
                     yield Row(file.path, line, parse, min(1.0, (done + passed) / total))
-            except (OSError, EOFError) as error:
+            except UNREADABLE as error:
                 raise DataError(f"{printable(file.path)}: cannot be read: {error}") from None
             done += file.size
 
@@ -94,7 +94,7 @@ def conversation_of(row: dict[str, Any]) -> Conversation:
     """The conversation of a row. Raises BadRow: no_messages, bad_message, no_assistant."""
     messages = row.get("messages")
     if messages is None and row.get("prompt") is not None and row.get("completion") is not None:
-        messages = [*_as_messages(row["prompt"], "user"), *_as_messages(row["completion"], "assistant")]
+        messages = [*_as_messages(row, "prompt", "user"), *_as_messages(row, "completion", "assistant")]
     if not isinstance(messages, list) or not messages:
         raise BadRow("no_messages")
     checked = checked_messages(messages)
@@ -108,8 +108,13 @@ def checked_messages(messages: Sequence[Any]) -> list[Message]:
     return [_checked(message, number) for number, message in enumerate(messages, 1)]
 
 
-def _as_messages(value: Any, role: str) -> Any:
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
+def _as_messages(row: dict[str, Any], key: str, role: str) -> list[Any]:
+    value = row[key]
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        raise BadRow("bad_message", f"{key} is neither text nor messages")
+    return value
 
 
 def _checked(message: Any, number: int) -> Message:

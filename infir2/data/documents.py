@@ -4,10 +4,12 @@ A row that cannot be used is never dropped in silence: ``RowLedger`` counts it b
 few, and stops the run when there are more than the user allows.
 """
 
+import codecs
 import fnmatch
 import gzip
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +36,8 @@ REASONS = {
     "no_prompt": "no prompt, neither text nor messages",
     "bad_label": "no label that the reward can use",
 }
+UNREADABLE = (OSError, EOFError, zlib.error)
+"""What reading a file raises that is damaged or cannot be read, compressed or not."""
 MAX_DOC_BYTES = 8 << 20
 _LINE_FACTOR = 8  # a JSON line may hold escapes and other keys: read at most this many times max_doc_bytes of it
 _ROWS_BEFORE_PERCENT = 1000
@@ -176,7 +180,7 @@ class DocumentReader:
                         yield Document(text, file.source, check_text(text, self._max_bytes))
                     except BadRow as error:
                         self._ledger.count_bad(file.path, line, error)
-            except (OSError, EOFError) as error:
+            except UNREADABLE as error:
                 raise DataError(f"{printable(file.path)}: cannot be read: {error}") from None
             done += file.size
             self.position = done
@@ -203,7 +207,7 @@ def find_files(
     first: dict[str, int] = {}  # real path -> the input that gave it
     for source, given in enumerate(inputs):
         path = Path(given)
-        if not str(given) or not path.exists():
+        if not str(given) or not os.path.exists(path):  # false for a name that is too long, too
             raise DataError(f"{str(given) or repr(given)}: no such file or folder")
         names = [path] if path.is_file() else list(_walk(path, exclude))
         chosen = [(name, form) for name in names if (form := _format_of(name, formats, plain))]
@@ -294,7 +298,7 @@ def json_lines(file: RawFile, limit: int, parse: Callable[[bytes], T]) -> Iterat
                 while line and not line.endswith(b"\n"):  # pass over the rest without keeping it
                     line = stream.readline(1 << 20)
                 yield number, partial(_refuse, "too_long", f"a line of more than {limit} bytes"), raw.tell()
-            elif stripped := line.strip(b" \t\r\n"):
+            elif stripped := line.strip(b" \t\r\n").removeprefix(codecs.BOM_UTF8):
                 yield number, partial(parse, stripped), raw.tell()
             else:
                 yield number, partial(_refuse, "empty"), raw.tell()

@@ -19,8 +19,12 @@ _BUILDING, _REPLACED = ".preparing-", ".old-"
 
 @contextmanager
 def built_beside(out: Path) -> Iterator[Path]:
-    """A new folder beside ``out`` that takes its place when the block ends well and vanishes when it does not."""
-    parent = out.resolve().parent
+    """A new folder beside ``out`` that takes its place when the block ends well and vanishes when it does not.
+
+    Where ``out`` is a link, the folder that it leads to is replaced.
+    """
+    out = Path(os.path.realpath(out))
+    parent = out.parent
     parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(out)
     folder = parent / f".{out.name}{_BUILDING}{uuid.uuid4().hex[:8]}"
@@ -28,6 +32,7 @@ def built_beside(out: Path) -> Iterator[Path]:
     try:
         with _locked(folder, needed=False):
             yield folder
+            sync_folder(folder)
             trash = parent / f".{out.name}{_REPLACED}{uuid.uuid4().hex[:8]}"
             if out.exists():
                 out.rename(trash)
@@ -48,7 +53,7 @@ def _clear_leftovers(out: Path) -> None:
 
     Whoever builds a folder holds a lock on it, which ends with the process. While one is at work nothing is touched.
     """
-    parent = out.resolve().parent
+    parent = out.parent
     building = list(parent.glob(f".{glob.escape(out.name)}{_BUILDING}*"))
     replaced = list(parent.glob(f".{glob.escape(out.name)}{_REPLACED}*"))
     try:

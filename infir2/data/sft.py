@@ -96,6 +96,8 @@ class RowCounts:
     """Training samples made of them: one a row, more where the chat template rewrites earlier turns."""
     dropped: int = 0
     """Samples left out because they are longer than max_length (or have nothing to learn within it)."""
+    empty: int = 0
+    """Samples left out because nothing in them is trained on."""
     truncated: int = 0
     """Samples cut at max_length."""
     bad: dict[str, int] = field(default_factory=dict)
@@ -110,6 +112,7 @@ class RowCounts:
         parts.append(f"{self.trained_tokens / max(self.tokens, 1):.1%} of them trained on")
         parts += [f"{self.truncated:,} truncated"] * bool(self.truncated)
         parts += [f"{self.dropped:,} dropped as too long"] * bool(self.dropped)
+        parts += [f"{self.empty:,} left out with nothing to train on"] * bool(self.empty)
         parts += [f"{count:,} bad: {why} ({', '.join(self.examples[why][:2])})" for why, count in self.bad.items()]
         return ", ".join(parts)
 
@@ -140,6 +143,9 @@ def tokenize_rows(
                     continue
                 counts.truncated += 1
                 sample = cut
+            if not sample.trained[1:].any():  # the first token is never a label; there may be no token at all
+                counts.empty += 1
+                continue
             kept.append(sample)
             origins.append(row)
     ledger.check_share()

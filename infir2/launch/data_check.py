@@ -11,6 +11,7 @@ from infir2.data.dataset import ShardFile
 from infir2.data.tokenizer import clash, has_tokenizer
 from infir2.durable import replace_file
 from infir2.errors import DataError
+from infir2.launch.held_folder import writing
 from infir2.launch.progress import by_pieces, bytes_bar
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def verify_shards(files: Sequence[ShardFile], run: Path, world: "World") -> None
     parts = ranks.each(lambda: _verify(ranks.share(unread), quiet=not world.is_main))
     found = {name: facts for part in parts for name, facts in part.items()}
     if found.items() - known.items():
-        ranks.lead(lambda: replace_file(run / VERDICTS, json.dumps(known | found, indent=1).encode()))
+        ranks.lead(lambda: _write_verdicts(run, known | found))
 
 
 def check_token_ids(sources: Sequence[str], model: Path | None) -> list[str]:
@@ -86,6 +87,11 @@ def _facts(file: ShardFile) -> str:
     """What must be as it was for a verdict to hold: size, time of change and hash."""
     facts = file.path.stat()
     return f"{facts.st_size} {facts.st_mtime_ns} {file.sha256}"
+
+
+def _write_verdicts(run: Path, verdicts: dict[str, str]) -> None:
+    with writing(run):
+        replace_file(run / VERDICTS, json.dumps(verdicts, indent=1).encode())
 
 
 def _read_verdicts(path: Path) -> dict[str, str]:

@@ -14,7 +14,8 @@ def held(folder: Path, busy: str, other: str, lock: str = ".lock") -> Iterator[N
     """Hold a folder, making it if need be, so that no second process writes into it.
 
     ``busy`` says that another process holds it, ``other`` what to do instead. The lock is the operating system's: it
-    ends with the process, however that ends. Raises UserError where the folder is held, is none or cannot be written.
+    ends with the process, however that ends; a file system without locks (Lustre may be one) is told and goes without.
+    Raises UserError where the folder is held, is none or cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, but a folder is needed; {other}")
@@ -28,6 +29,8 @@ def held(folder: Path, busy: str, other: str, lock: str = ".lock") -> Iterator[N
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: {busy}; wait for it, stop it, or {other}") from None
+        except OSError as error:
+            print(f"note: {folder} cannot be locked ({error.strerror}): see to it that nothing else writes into it")
         yield
 
 
@@ -46,6 +49,8 @@ def wait_until_free(folder: Path, seconds: float, lock: str = ".lock") -> None:
                     print(f"{folder}: another process, asked to stop, is still saving; waiting for it", flush=True)
                 told = True
                 time.sleep(0.2)
+            except OSError:  # a file system without locks
+                return
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def outputs(step: Step) -> list[Path]:
 def read_plan(path: Path, overrides: Sequence[str]) -> Plan:
     """The plan of a pipeline file, with ``--run`` and ``--vars.NAME`` of the command line. Raises ConfigError."""
     config = load(PipelineConfig, path, overrides)
-    declared = load(PipelineConfig, path, ["--run", json.dumps(config.run)]).vars
+    declared = load(PipelineConfig, path, [f"--run={config.run}"]).vars
     known = {*declared, *(name for stage in config.stage for name in _PLACE.findall(stage.command))}
     given = [word.removeprefix("--vars.").partition("=")[0] for word in overrides if word.startswith("--vars.")]
     for name in (word.replace("-", "_") for word in given):
@@ -175,8 +175,9 @@ def _named_files(words: Sequence[str]) -> list[Path]:
     found, excluded = [], False
     for word in words:
         if word.startswith("--"):
-            excluded = word == "--exclude"
-        elif not excluded and Path(word).exists():
+            option, _, word = word.partition("=")
+            excluded = option == "--exclude"
+        if not excluded and os.path.exists(word):
             found.append(Path(word))
     return found
 
@@ -193,5 +194,8 @@ def _file_fingerprint(path: Path) -> list[Any]:
 
 
 def _stat(path: Path) -> list[Any]:
-    found = path.stat()
+    try:
+        found = path.stat()
+    except OSError:  # a link to nothing: an editor's lock is one
+        found = path.lstat()
     return [str(path), found.st_size, found.st_mtime_ns]

@@ -5,6 +5,7 @@ import json
 import shutil
 import uuid
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from infir2.errors import DataError
 from infir2.launch.progress import share_bar
 
 _ROWS_FORMAT = 1
+PATIENCE = timedelta(days=1)
+"""How long the other processes wait while the first one tokenises: millions of long rows take more than an hour."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class SftRows:
     """Source (train, validation) -> what became of its rows."""
     sha256: str
     """Of the train rows."""
+    held_out_sha256: str
+
+    def is_intact(self) -> bool:
+        """Whether the rows are what they were when their hashes were taken; reads all of them."""
+        return (self.train.sha256(), self.validation.sha256()) == (self.sha256, self.held_out_sha256)
 
 
 def tokenize(config: SftConfig, chat: ChatTokenizer, show_progress: bool) -> SftRows:
@@ -56,7 +64,7 @@ def tokenize(config: SftConfig, chat: ChatTokenizer, show_progress: bool) -> Sft
         validation = train.select(np.flatnonzero(held_out))
         if held_out.any():
             train = train.select(np.flatnonzero(~held_out))
-    return SftRows(train, validation, counts, train.sha256())
+    return SftRows(train, validation, counts, train.sha256(), validation.sha256())
 
 
 def tokenize_once(config: SftConfig, chat: ChatTokenizer) -> SftRows:
@@ -65,10 +73,11 @@ def tokenize_once(config: SftConfig, chat: ChatTokenizer) -> SftRows:
     key = _rows_key(config.data, config.train.seed, chat)
 
     def make() -> None:
-        if _open_rows(folder, key) is None:
+        kept = _open_rows(folder, key)
+        if kept is None or not kept.is_intact():
             _save_rows(tokenize(config, chat, show_progress=True), folder, key)
 
-    ranks = Ranks()
+    ranks = Ranks(PATIENCE)
     ranks.lead(make)
     opened = ranks.each(lambda: _open_rows(folder, key) is not None)
     rows = _open_rows(folder, key)
@@ -87,14 +96,15 @@ def _rows_key(data: ChatDataSection, seed: int, chat: ChatTokenizer) -> str:
 
 
 def _open_rows(folder: Path, key: str) -> SftRows | None:
-    """The rows kept in a folder; None unless they are whole and made from what ``key`` stands for."""
+    """The rows kept in a folder; None unless all are there, made from what ``key`` stands for."""
     try:
         record = json.loads((folder / "rows.json").read_bytes())
         if record["key"] != key:
             return None
         counts = {name: RowCounts(**values) for name, values in record["counts"].items()}
-        rows = SftRows(TokenRows.open(folder, "train"), TokenRows.open(folder, "validation"), counts, record["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+        opened = TokenRows.open(folder, "train"), TokenRows.open(folder, "validation")
+        rows = SftRows(*opened, counts, record["sha256"], record["held_out_sha256"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError):  # EOFError: numpy's for an empty file
         return None
     return rows if rows.train.is_whole() and rows.validation.is_whole() else None
 
@@ -102,7 +112,8 @@ def _open_rows(folder: Path, key: str) -> SftRows | None:
 def _save_rows(rows: SftRows, folder: Path, key: str) -> None:
     """Write the rows beside their place and rename them into it, replacing older ones."""
     temporary = folder.with_name(f".rows-{uuid.uuid4().hex[:8]}")
-    record = {"key": key, "sha256": rows.sha256, "counts": {name: asdict(c) for name, c in rows.counts.items()}}
+    hashes = {"sha256": rows.sha256, "held_out_sha256": rows.held_out_sha256}
+    record = {"key": key, **hashes, "counts": {name: asdict(c) for name, c in rows.counts.items()}}
     try:
         temporary.mkdir(parents=True)
         rows.train.save(temporary, "train")

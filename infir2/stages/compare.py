@@ -92,7 +92,7 @@ def own_folder(config: CptConfig, overrides: Sequence[str]) -> CptConfig:
     folder = Path(config.run if named else f"{config.run.rstrip('/')}-compare")
     if (folder / "metrics.jsonl").exists():
         raise ConfigError(f"--run {folder}: holds a training run; give a comparison a folder of its own")
-    return changed(config, [f"--run={json.dumps(str(folder))}"])
+    return changed(config, [f"--run={folder}"])
 
 
 def summarise(folder: Path, precisions: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def variant(config: CptConfig, precision: str, seed: int) -> CptConfig:
     table = {"fp8.recipe": name, "fp8.head": json.dumps(head), "train.seed": seed}
     words = [f"--{key}={value}" for key, value in table.items()]
     words += [f"--{change}" for change in changes]
-    return changed(config, [*words, f"--run={json.dumps(str(_run_folder(Path(config.run), precision, seed)))}"])
+    return changed(config, [*words, f"--run={_run_folder(Path(config.run), precision, seed)}"])
 
 
 # Between a precision's name and the keys that are changed with it; a number such as 1e+5 holds a plus as well.

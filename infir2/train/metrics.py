@@ -6,11 +6,12 @@ that are not finite: they are the strings "NaN", "Infinity" and "-Infinity", whi
 floats. A run that is killed may leave a torn last line: reading and resuming ignore it.
 """
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,7 +65,8 @@ class MetricsWriter:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
         if tensorboard:
-            self._tensorboard = _open_tensorboard(run_dir / "tensorboard", first_step)
+            with _worded(run_dir / "tensorboard"):
+                self._tensorboard = _open_tensorboard(run_dir / "tensorboard", first_step)
         if wandb is not None:
             self._wandb = _open_wandb(wandb, run_dir, wandb_project, name, first_step)
         if live:
@@ -114,7 +116,8 @@ class MetricsWriter:
         if self._live:
             self._live.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # what it could not write is in metrics.jsonl
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
         if self._file is not None:
@@ -134,21 +137,29 @@ class MetricsWriter:
         record = {"kind": kind, "step": step, **values, "time": round(time.time(), 3)}
         data = (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
         assert self._file is not None
-        try:
+        with _worded(self.path):
             while data:
                 data = data[os.write(self._file, data) :]
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written: {error.strerror}; make room and run the same command to resume"
-            ) from None
 
     def _forward(self, step: int, group: str, numbers: Mapping[str, float]) -> None:
         tagged = {f"{group}/{key.removeprefix(f'{group}_')}": value for key, value in numbers.items()}
         if self._tensorboard is not None:
-            for tag, value in tagged.items():
-                self._tensorboard.add_scalar(tag, value, step)
+            with _worded(self.path.with_name("tensorboard")):
+                for tag, value in tagged.items():
+                    self._tensorboard.add_scalar(tag, value, step)
         if self._wandb is not None:
             self._wandb.log({"step": step, **tagged})
+
+
+@contextlib.contextmanager
+def _worded(path: Path) -> Iterator[None]:
+    """Raise UserError where what belongs to ``path`` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror or error}; make room and run the same command to resume"
+        ) from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

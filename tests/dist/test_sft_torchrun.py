@@ -62,3 +62,12 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("infir2: error:") == 1, done.stderr
     assert f"{rows}:1: no_messages" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_others_wait_for_a_long_tokenisation(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    worker = Path(__file__).with_name("slow_lead_worker.py")
+    done = subprocess.run([*command, worker, tmp_path], capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr

@@ -44,6 +44,26 @@ def test_an_override_may_start_a_section_and_use_dashes(recipe: Path) -> None:
     assert config.optim.betas == (0.9, 0.98)
 
 
+@pytest.mark.parametrize("name", ["données", "数据", "data/\U0001f600", "a b", "a\x7f", "\u2028"])
+def test_any_name_survives_the_way_to_toml_and_back(recipe: Path, name: str) -> None:
+    config = load(CptConfig, recipe, ["--run", name])
+    config = config.model_copy(update={"data": config.data.model_copy(update={"sources": {name: 1.0}})})
+    assert parse(CptConfig, to_toml(config), "copy") == config
+
+
+@pytest.mark.parametrize("word", ["12e4567", "1.10", "2024", "true", "[a]", "{a=1}", "007"])
+def test_a_key_that_is_text_takes_a_word_as_it_stands(recipe: Path, word: str) -> None:
+    config = load(CptConfig, recipe, ["--run", word, "--init.checkpoint", word])
+    assert (config.run, config.init.checkpoint) == (word, word)
+    assert load(CptConfig, recipe, ["--run", f"'{word}'"]).run == word, "quotes are TOML's"
+
+
+def test_a_file_of_an_editor_that_writes_a_byte_order_mark(recipe: Path) -> None:
+    plain = load(CptConfig, recipe)
+    recipe.write_bytes(b"\xef\xbb\xbf" + RECIPE.replace("\n", "\r\n").encode())
+    assert load(CptConfig, recipe) == plain
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

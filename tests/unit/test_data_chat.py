@@ -245,6 +245,8 @@ ROWS: list[tuple[str | bytes, str | None]] = [
     (json.dumps({"messages": [{"role": "assistant"}]}), "bad_message"),
     ('{"prompt": "\\ud800", "completion": "a"}', "bad_utf8"),
     (json.dumps({"prompt": "\0", "completion": "a"}), "nul"),
+    (json.dumps({"prompt": "2 + 2", "completion": 4}), "bad_message"),
+    (json.dumps({"prompt": {"role": "user"}, "completion": "a"}), "bad_message"),
 ]
 
 
@@ -377,6 +379,18 @@ def test_rows_that_are_too_long(tokenizer: PreTrainedTokenizerBase, tmp_path: Pa
         (whole,) = chat.encode(chat.render(conversation_of({"prompt": "1", "completion": "2" * 200})))
         assert ids.tolist() == whole.ids[:64].tolist()
         assert trained.tolist() == whole.trained[:64].tolist()
+
+
+def test_samples_with_nothing_to_learn(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Under a template that writes nothing but the answer: no token at all, and one, which is the label of none."""
+    answers = "{% for m in messages[1:] %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "q", "completion": a}) + "\n" for a in ("", "1", "1+2")))
+    chat = ChatTokenizer(tokenizer, answers)
+    rows, origins, counts = tokenize_rows(ConversationSource(str(path)), chat, 64, "drop", RowLedger("0"))
+    assert (origins.tolist(), counts.empty, counts.dropped) == ([2], 2, 0)
+    assert rows.lengths.tolist() == [3]
+    assert "2 left out with nothing to train on" in counts.summary()
 
 
 @pytest.mark.parametrize("template", [tok.CHAT_TEMPLATE, QWEN, LLAMA])

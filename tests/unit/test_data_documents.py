@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from infir2.data.conversations import RowSource
 from infir2.data.documents import DocumentReader, RowLedger, find_files
 from infir2.errors import DataError
 
@@ -148,6 +149,22 @@ def test_compressed_jsonl(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-30])
         with pytest.raises(DataError, match=name):
             read(tmp_path / name)
+
+
+def test_a_gz_file_that_is_damaged_in_its_middle(tmp_path: Path) -> None:
+    data = bytearray(gzip.compress(b"".join(b'{"text": "row %d"}\n' % i for i in range(5000))))
+    data[2000:2030] = bytes(byte ^ 0xFF for byte in data[2000:2030])
+    (tmp_path / "a.jsonl.gz").write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz: cannot be read"):
+        read(tmp_path / "a.jsonl.gz")
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz: cannot be read"):
+        list(RowSource(str(tmp_path / "a.jsonl.gz"), "data.train", dict))
+
+
+def test_json_lines_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}')
+    texts, ledger = read(tmp_path / "a.jsonl")
+    assert (texts, ledger.bad) == (["one", "two"], 0)
 
 
 def test_folders_are_walked_in_sorted_order(tmp_path: Path) -> None:

@@ -126,6 +126,23 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
     writer.close()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_too_full_for_tensorboard_is_one_clear_line(tmp_path: Path) -> None:
+    def write() -> None:
+        with MetricsWriter(tmp_path, 10, live=False) as writer:
+            writer._tensorboard.flush()
+            (events,) = (tmp_path / "tensorboard").iterdir()
+            events.unlink()
+            events.symlink_to("/dev/full")
+            for step in range(1, 1000):
+                writer.log(step, {"loss": 1.0})
+
+    with pytest.raises(UserError, match="tensorboard: cannot be written: No space left on device; make room"):
+        write()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) >= 1
+
+
 def test_unwritable_folder_and_missing_wandb_are_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/run/metrics\.jsonl: cannot be written: Not a directory"):

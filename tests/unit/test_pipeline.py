@@ -88,11 +88,13 @@ def test_fingerprints_follow_what_a_stage_reads(folder: Path) -> None:
     assert fingerprints() == before
     more = fingerprints(CHAIN, "--vars.count", "13")
     assert [a == b for a, b in zip(before, more)] == [False, False, True], "what reads a changed stage changes too"
-    with_file = CHAIN.replace("--stage 2", "--stage 2 --tokenizer notes.txt")
-    (folder / "notes.txt").write_text("one")
-    first = fingerprints(with_file)
-    (folder / "notes.txt").write_text("two and more")
-    assert [a == b for a, b in zip(first, fingerprints(with_file))] == [True, True, False]
+    for option in ("--tokenizer notes.txt", "--tokenizer=notes.txt"):
+        with_file = CHAIN.replace("--stage 2", f"--stage 2 {option}")
+        (folder / "notes.txt").write_text("one")
+        first = fingerprints(with_file)
+        (folder / "notes.txt").write_text("two and more")
+        assert [a == b for a, b in zip(first, fingerprints(with_file))] == [True, True, False]
+    fingerprints(CHAIN.replace("--stage 2", f"--stage 2 --note {'x' * 300}"))  # no name of a file
 
 
 def test_a_chain_runs_once_and_only_what_changed_again(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -265,3 +267,11 @@ def test_a_folder_that_a_stage_excludes_by_name_is_none_of_its_inputs(folder: Pa
     before = [step.fingerprint for step in plan(text, folder).steps]
     (folder / "tests/new.py").write_text("changed")
     assert [step.fingerprint for step in plan(text, folder).steps] == before
+
+
+def test_a_link_to_nothing_in_a_folder_that_a_stage_reads(folder: Path) -> None:
+    """As Emacs makes one beside every file that is edited."""
+    (folder / "text").mkdir()
+    (folder / "text/.#notes.txt").symlink_to("somebody@machine.1234")
+    steps = plan(CHAIN.replace("--stage 2", "--stage 2 --tokenizer text"), folder).steps
+    assert steps[2].words[-3:] == ("text", "--count", "5")

@@ -298,6 +298,22 @@ def test_no_space(
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_what_a_killed_conversion_left_is_cleared_away(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    die = "import os, sys; from infir2.checkpoint.huggingface import new_folder\n"
+    die += "with new_folder(sys.argv[1]) as folder: (folder / 'half').touch(); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", die, out]).returncode == -9
+    assert [path.name for path in tmp_path.iterdir()] != []
+    source = write_model(tmp_path / "hf")
+    (tmp_path / "empty").mkdir()
+    out.symlink_to(tmp_path / "empty")
+    convert_model(str(source), out)
+    assert weights(tmp_path / "empty").keys() == weights(source).keys(), "a link to an empty folder is followed"
+    out.unlink()
+    convert_model(str(source), out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "hf", "out"]
+
+
 # Memory
 
 MEASURE = """

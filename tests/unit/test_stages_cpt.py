@@ -1,5 +1,6 @@
 """`infir2 cpt` in this process: run folder, resume, bad input, starting points, options that must not change losses."""
 
+import errno
 import json
 import shutil
 import signal
@@ -22,6 +23,7 @@ from infir2.checkpoint.store import CheckpointStore
 from infir2.config import CptConfig, load
 from infir2.data.loader import TokenLoader
 from infir2.errors import CheckpointError, UserError
+from infir2.launch.held_folder import wait_until_free
 from infir2.launch.run_folder import locked
 from infir2.launch.training import build_model
 from infir2.model.attention import document_attention
@@ -401,3 +403,15 @@ def test_a_second_process_on_the_same_run_folder_is_refused(recipe, tmp_path: Pa
         holder.communicate("")
     with locked(run, WORLD):
         pass
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with locked(tmp_path / "run", WORLD):
+        assert "cannot be locked (Function not implemented)" in capsys.readouterr().out
+    wait_until_free(tmp_path / "run", 10.0)

@@ -199,3 +199,21 @@ def test_start_weights_that_are_not_numbers_fail(
     assert cpt(path) == 3
     assert "No step was good, so the weights that training starts from may hold NaN" in capsys.readouterr().err
     assert not (run / "checkpoints").exists()
+
+
+def test_a_run_folder_that_cannot_remember_what_was_verified(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, run = recipe()
+    (run / "verified_data.json/x").mkdir(parents=True)
+    (run / "run.json").touch()
+    assert error_of(capsys, path).startswith(f"{run}/.verified_data.json.")
+    assert not (run / "checkpoints").exists()
+
+
+def test_a_meta_json_that_is_no_checkpoints(recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path, run = recipe()
+    (tmp_path / "meta.json").write_text("{}")
+    words = ("--model.path", "null", "--init.checkpoint", str(tmp_path))
+    assert error_of(capsys, path, *words) == f"{tmp_path}: no checkpoint to start from"
+    assert not run.exists()

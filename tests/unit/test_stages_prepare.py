@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -244,12 +245,28 @@ def test_killed_processes_leave_nothing_for_long(tmp_path: Path) -> None:
     alive.communicate(timeout=60)
 
 
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs another file system")
+def test_a_place_that_is_a_link(tmp_path: Path) -> None:
+    """It stays a link, even to another file system, and what it leads to is replaced."""
+    write_rows(tmp_path / "a.jsonl", 50)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        place = Path(elsewhere) / "place"
+        (tmp_path / "out").symlink_to(place)
+        for seed in (1, 2):  # a link to nothing, and to a data set
+            prepare([tmp_path / "a.jsonl"], tmp_path / "out", seed=seed, **SMALL)
+            assert (tmp_path / "out").is_symlink()
+            assert Dataset(place).record.seed == seed
+        assert list(Path(elsewhere).iterdir()) == [place]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("A", "--max-bytes", -5), "--max-bytes -5: must be at least 1"),
         (("A", "--vocab-size", 10**20), "a byte-level tokenizer has 261 to 10,000,000 tokens"),
         (("",), "'': no such file or folder"),
+        (("x" * 300,), "xxx: no such file or folder"),
         (("A", "A"), "named twice: by"),
         (("A", "FOLDER"), "named twice: by"),
         (("FOLDER", "--out", "FOLDER/data/out"), "lies inside FOLDER, whose text would hold it the next time"),

@@ -168,6 +168,13 @@ def test_changed_rows_are_noticed_and_kept_rows_made_anew(
     assert [line["step"] for line in metrics_lines(run)] == list(range(1, 9))
     (run / "rows/train-tokens.npy").write_bytes(b"damaged")
     assert sft(path, "--train.epochs", "3") == 0
+    for name, damaged in (("train-tokens", b""), ("train-trained", None), ("validation-tokens", None)):
+        file = run / f"rows/{name}.npy"
+        whole = file.read_bytes()
+        flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+        file.write_bytes(flipped if damaged is None else damaged)
+        assert sft(path, "--train.epochs", "3") == 0
+        assert file.read_bytes() == whole, "made anew"
     write_rows(tmp_path / "rows.jsonl", 21, seed=8)
     assert "other data" in error_of(capsys, path, "--train.epochs", "4")
 
@@ -199,6 +206,20 @@ def test_stage_2_from_stage_1(recipe: Recipe, chat_model: Path, capsys: pytest.C
     error = error_of(capsys, three, "--init.checkpoint", str(chat_model))
     what = "it looks like a Hugging Face folder, which model.path takes"
     assert error == f"{chat_model}: no checkpoint to start from: {what}"
+
+
+def test_stage_2_from_a_run_that_was_moved(recipe: Recipe, tmp_path: Path) -> None:
+    one, first = recipe("one", **{"train.epochs": 1})
+    assert sft(one) == 0
+    moved = first.rename(tmp_path / "moved")
+    other = write_model(tmp_path / "other", vocab_size=384)
+    tok.train_tokenizer(["another text: 9 of 8, user assistant"] * 3, 300, other)
+    assert sft(one, "--model.path", str(other), "--train.epochs", "1") == 0, "another run in its place"
+    settings = {"model.path": None, "init.checkpoint": str(moved), "train.epochs": 1, "optim.schedule": "constant"}
+    two, run = recipe("two", **settings)
+    assert sft(two) == 0
+    names = [tok.fingerprint(tok.load_tokenizer(folder / "tokenizer")) for folder in (first, moved, run)]
+    assert names[0] != names[1] == names[2]
 
 
 def weights(run: Path, recipe: Path) -> dict[str, list[float]]:
