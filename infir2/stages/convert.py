@@ -79,6 +79,7 @@ def convert_model(
 
     from infir2.checkpoint.huggingface import require_new
     from infir2.checkpoint.model_source import open_model_source
+    from infir2.launch.end_tokens import with_end_tokens
 
     options, console, started = options or Options(), console or Console(quiet=True), time.monotonic()
     _check(options, to)
@@ -87,6 +88,7 @@ def convert_model(
     model = open_model_source(source, torch.float32 if wide else torch.bfloat16)
     if options.tokenizer is not None:
         model = dataclasses.replace(model, tokenizer=options.tokenizer)
+    model = with_end_tokens(model)
     parameters, read = model.architecture.num_parameters(), model.tensors.nbytes
     console.print(f"{model.path}: {_KINDS[model.kind]}, {model.architecture.model_type}, {parameters:,} parameters")
     if model.tokenizer is None:
