@@ -221,6 +221,24 @@ def require_space(folder: Path, needed: int) -> None:
         raise CheckpointError(f"{folder.parent}: no space: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor Inf."""
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # a NaN anywhere makes both of them NaN
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """``tensor`` in ``dtype``. Raises CheckpointError, naming ``where``, if that makes a number infinite."""
+    result = tensor.to(dtype)
+    if result is not tensor and is_finite(tensor) and not is_finite(result):
+        largest = f"{torch.finfo(dtype).max:.3g}"
+        raise CheckpointError(f"{where}: holds a value above {largest}, the largest that {_name(dtype)} can store")
+    return result
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
@@ -228,8 +246,11 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _config_to_write(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
     if dtype is None:
         return dict(config)
-    name = str(dtype).removeprefix("torch.")
-    return {**config, "dtype": name, "torch_dtype": name}  # Each of the two is the only one that some loaders read.
+    return {
+        **config,
+        "dtype": _name(dtype),
+        "torch_dtype": _name(dtype),
+    }  # Each of the two is the only one that some loaders read.
 
 
 def _generation(config: Mapping[str, Any]) -> str:
