@@ -62,7 +62,7 @@ class HfFolder:
         single, index = self.folder / WEIGHTS, self.folder / INDEX
         listed = None if single.exists() or not index.exists() else _read_weight_map(index)
         if listed is None and not single.exists():
-            raise CheckpointError(f"{self.folder}: holds neither {WEIGHTS} nor {INDEX}")
+            raise CheckpointError(f"{self.folder}: holds neither {WEIGHTS} nor {INDEX}{_what_instead(self.folder)}")
         for file in [WEIGHTS] if listed is None else sorted(set(listed.values())):
             self._read_header(file)
         if listed is not None:
@@ -291,6 +291,16 @@ def _account_for_keys(source: Tensors, groups: list[tuple[list[str], Tensor]], m
         raise CheckpointError(f"{source.folder}: does not fit {type(model).__name__}: {'; '.join(lines)}")
 
 
+def _what_instead(folder: Path) -> str:
+    """What a folder without readable weights holds in their place, and how to mend it."""
+    if any(folder.glob("*.safetensors")):
+        return f"; its files are parts of a model that only an index tells together: copy {INDEX} too"
+    pickled = next((path.name for kind in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(kind))), None)
+    if pickled is None:
+        return ""
+    return f"; {pickled} is a pickle, which infir2 never opens: save the model as safetensors with transformers"
+
+
 def _read_weight_map(index: Path) -> dict[str, str]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -311,7 +321,7 @@ def _opened(folder: Path, file: str) -> Iterator[Any]:
     try:
         handle = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+        raise CheckpointError(f"{path}: not a readable safetensors file: {error}; copy or fetch it again") from error
     with handle:
         yield handle
 
