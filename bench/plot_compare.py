@@ -3,6 +3,7 @@
 python bench/plot_compare.py bench/results/compare_138m_decay_h200.json docs/img/compare_138m_decay.svg
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -21,22 +22,25 @@ COLOURS = {
     "rowwise": "#862e9c",
     "tensorwise": "#5f3dc4",
 }
+OTHERS = ("#e64980", "#0c8599", "#f08c00", "#495057")
+"""Of precisions with another key behind them (hybrid+fp8.head=true), in their order."""
 
 
 def main(result_file: Path, out: Path) -> None:
     result = json.loads(result_file.read_text())
     figure, (curves, differences) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     baseline = result["curves"][result["baseline"]]
+    colours = dict(zip((name for name in result["curves"] if name not in COLOURS), itertools.cycle(OTHERS))) | COLOURS
     for name, runs in result["curves"].items():
         for index, (seed, run) in enumerate(runs.items()):
             label = name if index == 0 else None
-            curves.plot(run["step"], run["loss"], color=COLOURS[name], lw=0.8, alpha=0.7, label=label)
+            curves.plot(run["step"], run["loss"], color=colours[name], lw=0.8, alpha=0.7, label=label)
             held_out = run["held_out"]  # empty where a run was cut off
-            curves.plot([s for s, _ in held_out], [loss for _, loss in held_out], "o", color=COLOURS[name], ms=4)
+            curves.plot([s for s, _ in held_out], [loss for _, loss in held_out], "o", color=colours[name], ms=4)
             if name != result["baseline"]:
                 pairs = zip(run["loss"], baseline[seed]["loss"])
                 percent = [100 * (a / b - 1) for a, b in pairs]
-                differences.plot(run["step"][: len(percent)], percent, color=COLOURS[name], lw=0.8, label=label)
+                differences.plot(run["step"][: len(percent)], percent, color=colours[name], lw=0.8, label=label)
     curves.set(xlabel="step", title="training loss (lines), held-out loss (dots)")
     differences.set(xlabel="step", title=f"training loss against {result['baseline']}, same seed, percent")
     differences.axhline(0, color="black", lw=0.8)
