@@ -17,6 +17,7 @@ from infir2.checkpoint.huggingface import (
     MAX_SHARD_BYTES,
     new_folder,
     require_space,
+    rounded,
     write_folder,
 )
 from infir2.checkpoint.model_source import ModelSource
@@ -55,7 +56,10 @@ def to_hf(
     config = dict(source.config)
     if dtype is not None or source.kind == "fp8":
         config |= _dtype_keys(dtype or next(spec.dtype for spec in specs.values()))
-    tensors = ((name, source.tensors.tensor(place).to(stored[name])) for name, place in source.names.items())
+    tensors = (
+        (name, rounded(source.tensors.tensor(place), stored[name], f"{source.path}: {name}"))
+        for name, place in source.names.items()
+    )
     return _write(source, out, config, specs, tensors, extra_files, report, max_shard_bytes)
 
 

@@ -19,7 +19,7 @@ from infir2.checkpoint.fp8_format import (
     quantization_config,
     quantize_weight,
 )
-from infir2.checkpoint.huggingface import Tensors
+from infir2.checkpoint.huggingface import Tensors, is_finite, rounded
 from infir2.checkpoint.safetensors_writer import TensorSpec
 from infir2.errors import CheckpointError, ConfigError
 from infir2.fp8.convert import convert
@@ -64,13 +64,15 @@ class Fp8Export:
     def tensors(self, source: Tensors, stored: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) as ``specs`` announces them. ``stored`` maps the model's names to those of ``source``.
 
-        Raises CheckpointError for a weight that FP8 cannot hold: one that is not finite or is near bfloat16's largest.
+        Raises CheckpointError for a weight that is not finite, or that FP8 cannot hold: one near bfloat16's largest.
         """
         layers = set(self.converted)
         for name, place in stored.items():
             tensor = source.tensor(place)
             if name.removesuffix(".weight") not in layers:
-                yield name, tensor.to(torch.bfloat16)
+                if not is_finite(tensor):
+                    raise CheckpointError(f"{source.folder}: {name}: holds NaN or Inf")
+                yield name, rounded(tensor, torch.bfloat16, f"{source.folder}: {name}")
                 continue
             operand = quantize_weight(tensor, self.scale_format)
             del tensor

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from infir2.checkpoint.huggingface import HfFolder
+from infir2.checkpoint.huggingface import HfFolder, is_finite
 from infir2.errors import CheckpointError
 from infir2.fp8.tensor import Operand
 from infir2.kernels.reference import BLOCK, FP8, scale_shape
@@ -111,7 +111,7 @@ class Fp8Folder(HfFolder):
         if not (torch.isfinite(scale) & (scale >= 0)).all():
             raise CheckpointError(f"{self.folder}: {name}{SCALE_SUFFIX}: a scale is not a number, or is negative")
         values = dequantize_weight(Operand(codes, scale, "block"), self.dtype)
-        if not torch.stack(values.aminmax()).isfinite().all():  # A NaN anywhere makes both of them NaN.
+        if not is_finite(values):
             raise CheckpointError(f"{self.folder}: {name}: code times scale is not a finite number somewhere")
         return values
 

@@ -61,7 +61,7 @@ class HfFolder:
         single, index = self.folder / WEIGHTS, self.folder / INDEX
         listed = None if single.exists() or not index.exists() else _read_weight_map(index)
         if listed is None and not single.exists():
-            raise CheckpointError(f"{self.folder}: holds neither {WEIGHTS} nor {INDEX}")
+            raise CheckpointError(f"{self.folder}: holds neither {WEIGHTS} nor {INDEX}{_what_instead(self.folder)}")
         for file in [WEIGHTS] if listed is None else sorted(set(listed.values())):
             self._read_header(file)
         if listed is not None:
@@ -217,6 +217,24 @@ def require_space(folder: Path, needed: int) -> None:
         raise CheckpointError(f"{folder.parent}: no space: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor Inf."""
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # a NaN anywhere makes both of them NaN
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """``tensor`` in ``dtype``. Raises CheckpointError, naming ``where``, if that makes a number infinite."""
+    result = tensor.to(dtype)
+    if result is not tensor and is_finite(tensor) and not is_finite(result):
+        largest = f"{torch.finfo(dtype).max:.3g}"
+        raise CheckpointError(f"{where}: holds a value above {largest}, the largest that {_name(dtype)} can store")
+    return result
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
@@ -224,8 +242,11 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _config_to_write(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
     if dtype is None:
         return dict(config)
-    name = str(dtype).removeprefix("torch.")
-    return {**config, "dtype": name, "torch_dtype": name}  # Each of the two is the only one that some loaders read.
+    return {
+        **config,
+        "dtype": _name(dtype),
+        "torch_dtype": _name(dtype),
+    }  # Each of the two is the only one that some loaders read.
 
 
 def _generation(config: Mapping[str, Any]) -> str:
@@ -266,6 +287,16 @@ def _account_for_keys(source: Tensors, groups: list[tuple[list[str], Tensor]], m
         raise CheckpointError(f"{source.folder}: does not fit {type(model).__name__}: {'; '.join(lines)}")
 
 
+def _what_instead(folder: Path) -> str:
+    """What a folder without readable weights holds in their place, and how to mend it."""
+    if any(folder.glob("*.safetensors")):
+        return f"; its files are parts of a model that only an index tells together: copy {INDEX} too"
+    pickled = next((path.name for kind in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(kind))), None)
+    if pickled is None:
+        return ""
+    return f"; {pickled} is a pickle, which infir2 never opens: save the model as safetensors with transformers"
+
+
 def _read_weight_map(index: Path) -> dict[str, str]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -286,7 +317,7 @@ def _opened(folder: Path, file: str) -> Iterator[Any]:
     try:
         handle = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+        raise CheckpointError(f"{path}: not a readable safetensors file: {error}; copy or fetch it again") from error
     with handle:
         yield handle
 

@@ -195,15 +195,6 @@ def fp8_of(source: "ModelSource", precision: str) -> tuple[str, str, dict[str, s
     return (recipe if precision == "auto" else precision), scale_format, keep
 
 
-def end_ids(source: "ModelSource") -> tuple[int, ...]:
-    """End tokens that generation_config.json adds to those of config.json."""
-    try:
-        found = json.loads(source.texts.get("generation_config.json", "{}")).get("eos_token_id") or []
-    except (ValueError, AttributeError):
-        return ()
-    return tuple(token for token in ([found] if isinstance(found, int) else found) if isinstance(token, int))
-
-
 def model_name(text: str) -> str:
     """What a model is called where no name is given: its folder's name, a step's with its run's."""
     path = Path(text).expanduser().resolve()

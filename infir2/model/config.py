@@ -238,12 +238,13 @@ def _model_type(reader: _Reader) -> ModelType:
         if stated not in ARCHITECTURES.values():
             reader.fail("model_type", f"{stated!r} is not supported; supported are {known}")
         return stated
-    if len(names) != 1 or names[0] not in ARCHITECTURES:
-        hint = did_you_mean(str(names[0]), ARCHITECTURES)
+    first = str(names[0])
+    if len(names) != 1 or first not in ARCHITECTURES:
+        hint = did_you_mean(first, ARCHITECTURES)
         reader.fail("architectures", f"{names} is not supported; supported are {known}.{hint}")
-    model_type = ARCHITECTURES[names[0]]
+    model_type = ARCHITECTURES[first]
     if stated not in (None, model_type):
-        reader.fail("model_type", f"{stated!r} contradicts architectures ({names[0]})")
+        reader.fail("model_type", f"{stated!r} contradicts architectures ({first})")
     return model_type
 
 
@@ -263,13 +264,10 @@ def _refuse_unsupported(reader: _Reader, model_type: ModelType) -> None:
         reader.fail("hidden_act", f"{activation!r} is not supported; only 'silu' is")
     if config.get("attention_dropout"):
         reader.fail("attention_dropout", f"{config['attention_dropout']} is not supported; only 0 is")
-    if model_type == "llama":
-        return
-    layer_types = config.get("layer_types")
-    if layer_types is not None:
-        other = sorted({str(kind) for kind in layer_types} - {"full_attention"})
-        if other:
-            reader.fail("layer_types", f"{', '.join(other)} is not supported; only 'full_attention' is")
+    layer_types = reader.get("layer_types", list, None)
+    if other := sorted({str(kind) for kind in layer_types or ()} - {"full_attention"}):
+        reader.fail("layer_types", f"{', '.join(other)} is not supported; only 'full_attention' is")
+    if model_type == "llama" or layer_types is not None:
         return
     slides = config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None
     if slides and reader.get("max_window_layers", int, 28) < reader.get("num_hidden_layers", int):
@@ -292,16 +290,19 @@ def _rope(reader: _Reader) -> tuple[float, Llama3RopeScaling | None]:
         return theta, None
     if rope_type != "llama3":
         rope.fail("rope_type", f"{rope_type!r} is not supported; supported are 'default' and 'llama3'")
-    original = rope.get("original_max_position_embeddings", int, None)
+    positions = "original_max_position_embeddings"
+    original = rope.get(positions, int, None) or reader.get("max_position_embeddings", int)
+    if (beside := reader.get(positions, int, original)) != original:  # which of them counts differs among programs
+        reader.fail(positions, f"{beside} contradicts the {original} of {key}")
     scaling = Llama3RopeScaling(
         factor=rope.get("factor", float),
         low_freq_factor=rope.get("low_freq_factor", float),
         high_freq_factor=rope.get("high_freq_factor", float),
-        original_max_position_embeddings=original or reader.get("max_position_embeddings", int),
+        original_max_position_embeddings=original,
     )
-    if not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+    if not 0 < scaling.low_freq_factor < scaling.high_freq_factor < math.inf:
         rope.fail("high_freq_factor", "must be above low_freq_factor, which must be above 0")
-    if scaling.factor < 1 or scaling.original_max_position_embeddings < 1:
+    if not 1 <= scaling.factor < math.inf or scaling.original_max_position_embeddings < 1:
         rope.fail("factor", "factor and original_max_position_embeddings must be at least 1")
     return theta, scaling
 

@@ -3,6 +3,9 @@
 SOURCE is a run folder (its newest intact checkpoint is taken), a checkpoint folder, or a Hugging Face folder with
 plain or FP8 weights. --to hf writes bfloat16 safetensors, --to fp8 E4M3 codes with 128 x 128 block scales, --to dcp a
 folder that init.checkpoint accepts with init.keep_optimizer = false.
+
+    infir2 convert runs/sft models/mine                                    # for any program that reads Hugging Face
+    infir2 convert runs/sft models/mine-fp8 --to fp8 --scale-dtype e8m0    # half the size, the trainer's own codes
 """
 
 import argparse
@@ -79,6 +82,7 @@ def convert_model(
 
     from infir2.checkpoint.huggingface import require_new
     from infir2.checkpoint.model_source import open_model_source
+    from infir2.launch.end_tokens import with_end_tokens
 
     options, console, started = options or Options(), console or Console(quiet=True), time.monotonic()
     _check(options, to)
@@ -87,6 +91,7 @@ def convert_model(
     model = open_model_source(source, torch.float32 if wide else torch.bfloat16)
     if options.tokenizer is not None:
         model = dataclasses.replace(model, tokenizer=options.tokenizer)
+    model = with_end_tokens(model)
     parameters, read = model.architecture.num_parameters(), model.tensors.nbytes
     console.print(f"{model.path}: {_KINDS[model.kind]}, {model.architecture.model_type}, {parameters:,} parameters")
     if model.tokenizer is None:
@@ -142,7 +147,11 @@ def plan(model: "ModelSource", options: Options) -> "Fp8Export":
     recipe, scale_format, keep = model.trained_fp8()
     if recipe == "bf16":  # it had no scales, and every layer can be quantised
         scale_format, keep = "ue8m0", {}
-    return plan_export(model.architecture, options.scale_format or scale_format, options.scale_dtype or "fp32", keep)
+    export = plan_export(model.architecture, options.scale_format or scale_format, options.scale_dtype or "fp32", keep)
+    if not export.converted:
+        name, why = next(iter(export.skipped.items()))
+        raise CheckpointError(f"{model.path}: none of its layers can be stored in FP8 ({name}: {why}); take --to hf")
+    return export
 
 
 def _export_lines(export: "Fp8Export") -> Iterator[str]:

@@ -343,7 +343,8 @@ def _benchmarks(work: _Work, model: _Model) -> Samples:
 
 def _engine_responder(args: argparse.Namespace, text: str, console: Console) -> "Responder":
     from infir2.evaluate.respond import EngineResponder
-    from infir2.launch.inference import end_ids, load_engine
+    from infir2.launch.end_tokens import end_ids
+    from infir2.launch.inference import load_engine
     from infir2.serve.prompts import ServedModel
 
     engine, tokenizer, source = load_engine(text, InferenceOptions.of(args), console)

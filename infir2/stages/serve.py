@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from infir2.launch.inference import end_ids, load_engine, model_name
+    from infir2.launch.end_tokens import end_ids
+    from infir2.launch.inference import load_engine, model_name
     from infir2.serve.app import Server, make_app
     from infir2.serve.engine_thread import EngineThread
     from infir2.serve.http import listen, serve, stop_at_end_of_input

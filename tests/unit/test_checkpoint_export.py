@@ -221,6 +221,31 @@ def test_values_that_fp8_cannot_store(tmp_path: Path, value: float, scale_format
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.parametrize(
+    ("value", "to", "dtype", "message"),
+    [
+        (float("nan"), "fp8", None, r"norm\.weight: holds NaN or Inf"),
+        (float("inf"), "fp8", None, r"norm\.weight: holds NaN or Inf"),
+        (3.4e38, "fp8", None, r"norm\.weight: holds a value above 3\.39e\+38, the largest that bfloat16 can store"),
+        (
+            3.4e38,
+            "hf",
+            "bfloat16",
+            r"norm\.weight: holds a value above 3\.39e\+38, the largest that bfloat16 can store",
+        ),
+        (7e4, "hf", "float16", r"norm\.weight: holds a value above 6\.55e\+04, the largest that float16 can store"),
+    ],
+)
+def test_no_value_becomes_infinite_on_the_way(tmp_path: Path, value: float, to: Any, dtype: Any, message: str) -> None:
+    source = write_model(tmp_path / "hf")
+    weight = torch.ones(128)
+    weight[5] = -value
+    edit(source, model__norm__weight=weight)
+    with pytest.raises(CheckpointError, match=message):
+        convert_model(str(source), tmp_path / "out", to, Options(dtype=dtype))
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 # transformers
 
 

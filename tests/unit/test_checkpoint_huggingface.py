@@ -212,8 +212,16 @@ def test_bad_indexes(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message):
             HfFolder(out)
     path.unlink()
-    with pytest.raises(CheckpointError, match="neither"):
+    with pytest.raises(CheckpointError, match=r"neither.*copy model\.safetensors\.index\.json too"):
         HfFolder(out)
+
+
+def test_pickled_weights_are_told_apart_from_none(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json$"):
+        HfFolder(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(CheckpointError, match=r"neither.*pytorch_model\.bin is a pickle, which infir2 never opens"):
+        HfFolder(tmp_path)
 
 
 def test_damaged_files_name_themselves(tmp_path: Path) -> None:

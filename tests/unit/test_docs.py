@@ -1,6 +1,7 @@
 """The documents are true where a program can tell: links and paths exist, commands and recipe keys are real."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -84,6 +85,15 @@ def test_messages_in_troubleshooting_are_those_of_the_source() -> None:
             assert piece in source, f"{message!r}: {piece!r} is said nowhere"
             seen += 1
     assert seen > 40
+
+
+def test_paired_losses_are_those_that_were_measured() -> None:
+    """The first table of losslessness.md, in per cent, against its JSON."""
+    measured = json.loads((ROOT / "bench/results/compare_138m_decay_h200.json").read_text())["difference"]
+    text = (ROOT / "docs/losslessness.md").read_text().replace("−", "-").split("## ")[1]
+    told = [[float(x) for x in re.findall(r"([+-][\d.]+) %", line)] for line in text.splitlines()]
+    figures = [[entry[key] * 100 for key in ("mean", "low95", "high95")] for entry in measured.values()]
+    assert [row for row in told if row] == [pytest.approx(row, abs=5.1e-4) for row in figures]
 
 
 def test_no_path_of_a_machine_in_any_result() -> None:

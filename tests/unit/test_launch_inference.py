@@ -14,7 +14,8 @@ from infir2.checkpoint.fp8_format import quantize_weight
 from infir2.checkpoint.model_source import open_model_source
 from infir2.errors import DataError
 from infir2.fp8.linear import Fp8Linear
-from infir2.launch.inference import InferenceOptions, end_ids, load_engine, model_name
+from infir2.launch.end_tokens import end_ids
+from infir2.launch.inference import InferenceOptions, load_engine, model_name
 from infir2.rollout.engine import Engine
 from infir2.rollout.records import Request, SamplingParams
 from infir2.stages.convert import Options, convert_model

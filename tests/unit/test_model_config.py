@@ -178,6 +178,29 @@ def test_llama3_scaling_needs_its_parameters():
         from_hf(content, "config.json")
 
 
+@pytest.mark.parametrize("changes", [{"factor": float("nan")}, {"high_freq_factor": float("inf")}, {"factor": 0.5}])
+def test_llama3_scaling_that_is_no_scaling_is_refused(changes):
+    content = FAMILIES["llama3-bias"].to_hf()
+    content["rope_scaling"] |= changes
+    with pytest.raises(CheckpointError, match=next(iter(changes))):
+        from_hf(content, "config.json")
+
+
+def test_original_positions_named_twice_must_agree():
+    content = FAMILIES["llama3-bias"].to_hf()
+    assert from_hf(content | {"original_max_position_embeddings": 8_192}, "x") == FAMILIES["llama3-bias"]
+    with pytest.raises(CheckpointError, match="original_max_position_embeddings: 4096 contradicts the 8192"):
+        from_hf(content | {"original_max_position_embeddings": 4_096}, "config.json")
+
+
+@pytest.mark.parametrize("key", ["architectures", "layer_types"])
+@pytest.mark.parametrize("value", [5, [["LlamaForCausalLM"]], ["full_attention", "sliding_attention"]])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_lists_of_names_are_lists_of_known_names(family, key, value):
+    with pytest.raises(CheckpointError, match=key):
+        from_hf(FAMILIES[family].to_hf() | {key: value}, "config.json")
+
+
 def test_positions_that_differ_by_layer_are_refused():
     content = FAMILIES["llama"].to_hf() | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}
     with pytest.raises(CheckpointError, match=r"rope_parameters\.full_attention"):

@@ -263,6 +263,15 @@ def test_a_folder_that_is_already_fp8(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_without_a_layer_fit_for_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = {"hidden_size": 192, "intermediate_size": 320, "num_attention_heads": 6, "num_key_value_heads": 6}
+    source = write_model(tmp_path / "hf", **odd)
+    message = error_of(capsys, source, tmp_path / "fp8", "--to", "fp8")
+    assert "none of its layers can be stored in FP8 (model.layers.0.self_attn.q_proj: shape: rows 192" in message
+    assert message.endswith("take --to hf")
+    assert not (tmp_path / "fp8").exists()
+
+
 def test_a_damaged_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     convert_model(str(write_model(tmp_path / "hf")), tmp_path / "dcp", "dcp")
     step = tmp_path / "dcp/checkpoints/step-000000"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from small_run import loss_bits, metrics_lines, write_model, write_toml
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infir2 import cli
 from infir2.checkpoint.state import model_state
@@ -85,6 +85,23 @@ def test_dry_run_tells_and_writes_nothing(recipe: Recipe, capsys: pytest.Capture
     assert "train: 21 rows, 21 samples" in told
     assert "20 samples to train on, 1 held out; 8 steps, 4 an epoch; packing efficiency" in told
     assert not run.exists()
+
+
+@pytest.mark.parametrize("form", ["hf", "fp8"])
+def test_an_export_ends_its_turns_in_other_programs_too(recipe: Recipe, tmp_path: Path, form: str) -> None:
+    path, run = recipe(**{"train.epochs": 1})
+    assert sft(path) == 0
+    assert cli.main(["convert", str(run), str(tmp_path / form), "--to", form]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / form)
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / form)
+    assert ends <= set(model.generation_config.eos_token_id)
+    with torch.no_grad():  # whatever it is asked, it ends its turn at once
+        model.model.norm.weight.zero_()
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size, dtype=model.dtype))
+        model.lm_head.bias[tokenizer.convert_tokens_to_ids("<|im_end|>")] = 1.0
+    said = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8, do_sample=False)
+    assert said.shape[1] == 4
 
 
 def test_the_run_folder(recipe: Recipe, chat_model: Path) -> None:
