@@ -25,7 +25,8 @@ from infir2.config import CptConfig, load
 from infir2.fp8.convert import refresh_weights
 from infir2.fp8.health import measure
 from infir2.launch.environment import environment
-from infir2.launch.training import build_model, model_config, seed_everything
+from infir2.launch.model import build_model, model_config
+from infir2.launch.training import seed_everything
 from infir2.model.attention import document_attention
 from infir2.model.transformer import CausalLM
 from infir2.parallel.runtime import World, world

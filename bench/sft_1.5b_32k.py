@@ -27,7 +27,8 @@ from infir2.data.chat import Sample
 from infir2.data.sft import SftLoader, TokenRows
 from infir2.fp8.convert import refresh_weights
 from infir2.launch.environment import environment
-from infir2.launch.training import build_model, model_config, seed_everything
+from infir2.launch.model import build_model, model_config
+from infir2.launch.training import seed_everything
 from infir2.model.attention import document_attention
 from infir2.parallel.runtime import World, world
 from infir2.train.graphs import Graphs, can_record

@@ -28,7 +28,7 @@ from infir2.data.worked_solutions import WorkedExample, worked_examples
 from infir2.fp8.convert import refresh_weights
 from infir2.launch.chat_model import open_model
 from infir2.launch.environment import environment
-from infir2.launch.training import build_model
+from infir2.launch.model import build_model
 from infir2.parallel.runtime import World
 from infir2.reward.score import Scorer
 from infir2.reward.tasks import ReasoningGymScorer
