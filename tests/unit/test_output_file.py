@@ -58,6 +58,22 @@ def test_links_stay_links(tmp_path: Path) -> None:
     assert Path("/dev/null").is_char_device()
 
 
+def test_examples_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for out, why in (
+        (tmp_path, "is a folder; name a file"),
+        (tmp_path / "file" / "a.jsonl", f"there is no folder {tmp_path / 'file'}; make it, or name another file"),
+    ):
+        assert main(["examples", str(out), "--count", "2"]) == 2
+        assert capsys.readouterr().err == f"infir2: error: OUT {out}: {why}\n"
+
+
+def test_a_conversion_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / ("n" * 300)
+    assert main(["convert", str(tmp_path), str(out)]) == 2
+    assert capsys.readouterr().err == f"infir2: error: {out}: cannot be written: File name too long\n"
+
+
 def test_a_report_says_so_before_it_reads_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "no_run"), "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"infir2: error: --out {tmp_path}: is a folder; name a file\n"
