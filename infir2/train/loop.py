@@ -128,16 +128,9 @@ def train(
             lr = settings.learning_rate(step)
             set_learning_rate(optimizer, lr)
             health = _fp8_health(model, batches[0], world, feed, graphs) if _looks_at_health(settings, step) else {}
+            interrupted = interrupt.check if progress.step % feed.together == 0 else lambda: None
             result = train_step(
-                model,
-                optimizer,
-                batches,
-                world,
-                feed.attention_for,
-                settings.clip,
-                interrupted=interrupt.check if progress.step % feed.together == 0 else lambda: None,
-                objective=feed.objective,
-                graphs=graphs,
+                model, optimizer, batches, world, feed.attention_for, settings.clip, interrupted, feed.objective, graphs
             )
             if result is None:
                 break
@@ -156,11 +149,7 @@ def train(
                     metrics.event(step, "skip", loss=result.loss, grad_norm=result.grad_norm)
             _check_skips(progress, result, config.max_skipped_steps, last)
             if config.eval_every and (step % config.eval_every == 0 or last):
-                # Behind the last step nothing would make up for an evaluation that was given up.
-                held_out = callbacks.evaluate((lambda: None) if last else interrupt.check)
-                with interrupt.deferring():
-                    if held_out:
-                        metrics.log(step, held_out, kind="eval")
+                _evaluate(callbacks, step, last, interrupt, metrics)
             if last or (config.save_every and step % config.save_every == 0):
                 callbacks.save(progress)
                 saved = step
@@ -186,6 +175,14 @@ def _advance(progress: TrainState, result: StepResult) -> None:
     progress.tokens += result.valid_tokens
     progress.skipped += result.skipped
     progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
+
+
+def _evaluate(callbacks: Callbacks, step: int, last: bool, interrupt: Interrupt, metrics: MetricsWriter) -> None:
+    # Behind the last step nothing would make up for an evaluation that was given up.
+    held_out = callbacks.evaluate((lambda: None) if last else interrupt.check)
+    with interrupt.deferring():
+        if held_out:
+            metrics.log(step, held_out, kind="eval")
 
 
 def _check_skips(progress: TrainState, result: StepResult, limit: int, last: bool) -> None:
