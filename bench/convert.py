@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import Record
 from torch import Tensor
 
 from infir2.checkpoint.fp8_format import dequantize_weight
 from infir2.checkpoint.huggingface import HfFolder, write_folder
 from infir2.checkpoint.safetensors_writer import TensorSpec
 from infir2.fp8.tensor import Operand
-from infir2.launch.environment import environment
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
 
@@ -53,8 +53,13 @@ def main() -> None:
     parser.add_argument("--twice", action="store_true", help="convert to FP8 once more and compare")
     parser.add_argument("--work", type=Path, help="where the temporary folder is made")
     args = parser.parse_args()
-    result: dict[str, Any] = environment() | {"preset": args.preset}
-    result |= {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    record = Record(args.result)
+    result = record.values
+    result |= {
+        "preset": args.preset,
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
     with tempfile.TemporaryDirectory(prefix="convert-", dir=args.work) as name:
         work = Path(name)
         result["largest_tensor_bytes"] = make_model(work / "hf", args.preset)
@@ -64,7 +69,7 @@ def main() -> None:
         if args.twice:
             result["to_fp8_again"] = convert(work / "hf2", work / "fp8-2", "fp8")
             result["second_round"] = compare(HfFolder(work / "fp8"), HfFolder(work / "fp8-2"))
-    args.result.write_text(json.dumps(result, indent=1) + "\n")
+    record.save()
     print(json.dumps(result, indent=1))
 
 

@@ -17,42 +17,48 @@ import time
 from pathlib import Path
 
 import torch
+from record import RECIPES, Record, override_words
 
-from infir2.launch.environment import environment
 from infir2.model.attention import causal_attention
 from infir2.model.config import from_hf
 from infir2.model.transformer import CausalLM
 from infir2.stages.convert import convert_model
 from infir2.train.metrics import read_metrics
 
-ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY, KILL_AFTER = 10, 4, 6
 
 
 def main(work: Path, result_file: Path) -> None:
-    result = environment()
-    command = recipe_command(work)
-    result["recipe_command"] = ["infir2", "cpt", "recipes/cpt_1.5b.toml", *command[5:]]
-    timed(result, "prepare_s", lambda: prepare(work))
-    before = timed(result, "first_process_s", lambda: train_until_killed(command, work / "run"))
-    # Only the last step is saved again: 18 GB of checkpoint take longer than the steps between.
-    resume = [*command, "--train.save_every", "0"]
-    timed(result, "second_process_s", lambda: subprocess.run(resume, check=True))
-    after = train_lines(work / "run")
-    result["losses"] = [line["loss"] for line in after]
-    result["step_time_s"] = [round(line["step_time_s"], 3) for line in after]
-    result["peak_memory_gb"] = max(line["peak_memory_gb"] for line in after)
-    repeated = sorted({line["step"] for line in before if line["step"] > SAVE_EVERY})
-    result["steps_repeated_after_resume"] = repeated
+    record, command = Record(result_file), recipe_command(work)
+    record.values["recipe_command"] = ["infir2", "cpt", "recipes/cpt_1.5b.toml", *command[5:]]
+    with record.phase("prepare"):
+        prepare(work)
+    with record.phase("first process"):
+        before = train_until_killed(command, work / "run")
+    with record.phase("second process"):
+        # Only the last step is saved again: 18 GB of checkpoint take longer than the steps between.
+        subprocess.run([*command, "--train.save_every", "0"], check=True)
+        record.values |= course_of(before, train_lines(work / "run"))
+    with record.phase("export"):
+        convert_model(str(work / "run"), work / "hf")
+    with record.phase("transformers"):
+        record.values |= compare_with_transformers(work / "hf")
+    print(json.dumps(record.values, indent=1))
+
+
+def course_of(before: list[dict], after: list[dict]) -> dict:
+    """The whole run, and whether what was done twice was done alike. ``before``: what was written before the kill."""
     keys = ("step", "loss", "grad_norm", "tokens", "valid_tokens", "lr")
+    repeated = sorted({line["step"] for line in before if line["step"] > SAVE_EVERY})
     pick = {line["step"]: [line[key] for key in keys] for line in after}
-    result["bit_identical"] = bool(repeated) and all(
-        [line[key] for key in keys] == pick[line["step"]] for line in before
-    )
-    timed(result, "export_s", lambda: convert_model(str(work / "run"), work / "hf"))
-    timed(result, "transformers_s", lambda: result.update(compare_with_transformers(work / "hf")))
-    result_file.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    alike = all([line[key] for key in keys] == pick[line["step"]] for line in before)
+    return {
+        "losses": [line["loss"] for line in after],
+        "step_time_s": [round(line["step_time_s"], 3) for line in after],
+        "peak_memory_gb": max(line["peak_memory_gb"] for line in after),
+        "steps_repeated_after_resume": repeated,
+        "bit_identical": bool(repeated) and alike,
+    }
 
 
 def recipe_command(work: Path) -> list[str]:
@@ -73,8 +79,7 @@ def recipe_command(work: Path) -> list[str]:
         "train.deterministic": "true",
         "fp8.health_every": 0,
     }
-    words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
-    return [sys.executable, "-m", "infir2", "cpt", str(ROOT / "recipes/cpt_1.5b.toml"), *words]
+    return [sys.executable, "-m", "infir2", "cpt", str(RECIPES / "cpt_1.5b.toml"), *override_words(overrides)]
 
 
 def prepare(work: Path) -> None:
@@ -119,13 +124,6 @@ def compare_with_transformers(folder: Path) -> dict:
         "logits_relative_difference": ((a - b).norm() / a.norm()).item(),
         "logits_finite": bool(a.isfinite().all()),
     }
-
-
-def timed(result: dict, key: str, work):
-    began = time.perf_counter()
-    value = work()
-    result[key] = round(time.perf_counter() - began, 1)
-    return value
 
 
 if __name__ == "__main__":

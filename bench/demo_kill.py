@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from infir2.durable import replace_file
-from infir2.launch.environment import environment
+from record import Record
+
 from infir2.train.metrics import read_metrics
 
 NUMBERS = ("loss", "grad_norm", "reward", "entropy", "response_length", "eval_loss", "eval_reward", "tokens")
@@ -90,13 +90,13 @@ def numbers(folder: Path) -> dict[str, Any]:
 
 
 def main(alone_folder: Path, killed_folder: Path, result_file: Path) -> None:
-    result = environment()
-    result["stages_s"] = left_alone(alone_folder)
-    result["killed_after_s"] = killed(killed_folder, result["stages_s"], random.Random(1))
+    record = Record(result_file)
+    stages = record.values["stages_s"] = left_alone(alone_folder)
+    record.values["killed_after_s"] = killed(killed_folder, stages, random.Random(1))
     alone, after = numbers(alone_folder), numbers(killed_folder)
     different = sorted(key for key in alone.keys() | after.keys() if alone.get(key) != after.get(key))
-    result |= {"compared": len(alone), "different": different}
-    replace_file(result_file, (json.dumps(result, indent=1) + "\n").encode())
+    record.values |= {"compared": len(alone), "different": different}
+    record.save()
     print(f"{len(alone)} results compared, {len(different)} differ: {different[:10]}")
 
 

@@ -10,37 +10,34 @@ those of a pass every fp8.health_every steps.
 """
 
 import argparse
-import gc
 import json
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import Record, settings_of, shipped
 
-from infir2.config import CptConfig, load
+from infir2.benchmark.timing import median_ms
+from infir2.config import CptConfig
 from infir2.fp8.convert import refresh_weights
 from infir2.fp8.health import measure
-from infir2.launch.environment import environment
-from infir2.launch.training import build_model, model_config, seed_everything
+from infir2.launch.model import model_config
+from infir2.launch.training import Trainee, build_trainee
 from infir2.model.attention import document_attention
 from infir2.model.transformer import CausalLM
+from infir2.parallel.device import free_memory, fresh_memory, peak_memory
 from infir2.parallel.runtime import World, world
 from infir2.train.graphs import Graphs, can_record
-from infir2.train.optimizer import build_optimizer
 from infir2.train.step import train_step, trial_pass
 from infir2.types import Batch
-
-RECIPE = Path(__file__).parents[1] / "recipes/cpt_1.5b.toml"
 
 
 def recipe(options: argparse.Namespace, rows: int, length: int) -> CptConfig:
     """The shipped recipe at the wanted shape."""
     name, vocabulary = ("micro", 512) if options.check else ("qwen2.5-1.5b", 151_936)
-    words = {
+    values = {
         "model": f'{{ preset = "{name}", vocab_size = {vocabulary} }}',
         "fp8.recipe": options.precision,
         "data.seq_len": length,
@@ -48,7 +45,7 @@ def recipe(options: argparse.Namespace, rows: int, length: int) -> CptConfig:
         "train.activation_checkpointing": options.checkpointing,
         "train.compile": str(not options.check).lower(),
     }
-    return load(CptConfig, RECIPE, [word for key, value in words.items() for word in (f"--{key}", str(value))])
+    return shipped(CptConfig, "cpt_1.5b", values)
 
 
 def random_batch(rows: int, length: int, vocabulary: int) -> Batch:
@@ -60,29 +57,33 @@ def random_batch(rows: int, length: int, vocabulary: int) -> Batch:
 
 def measure_shape(options: argparse.Namespace, rows: int, length: int, here: World) -> dict[str, Any]:
     config = recipe(options, rows, length)
-    seed_everything(config)
-    model, report = build_model(config, model_config(config, 0), here)
+    trainee = build_trainee(config, model_config(config, 0), here)
+    model = trainee.model
     refresh_weights(model)
     batch = random_batch(rows, length, model.config.vocab_size)
-    steps = time_steps(options, config, model, batch, here)
-    free(here)
+    steps = time_steps(options, config, trainee, batch, here)
+    free_memory()
     every = config.fp8.health_every
-    return {
-        "shape": f"{rows} x {length}",
-        "fp8_layers": len(report.converted),
-        "step_ms by micro-batches": steps,
-        "health_every": every,
+    passes = {
         "pass": time_pass(options, model, batch.beginning(options.tokens), here, steps, every),
         "pass over all tokens": time_pass(options, model, batch, here, steps, every),
-        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if here.device.type == "cuda" else None,
+    }
+    peak = peak_memory(here.device, 1e9)
+    return {
+        "shape": f"{rows} x {length}",
+        "fp8_layers": len(trainee.report.converted),
+        "step_ms by micro-batches": steps,
+        "health_every": every,
+        **passes,
+        "peak_memory_gb": peak and round(peak, 3),
     }
 
 
 def time_steps(
-    options: argparse.Namespace, config: CptConfig, model: CausalLM, batch: Batch, here: World
+    options: argparse.Namespace, config: CptConfig, trainee: Trainee, batch: Batch, here: World
 ) -> dict[int, float]:
     """Number of micro-batches -> median milliseconds of a training step."""
-    optimizer = build_optimizer(model, config.optim)
+    model, optimizer = trainee.model, trainee.optimizer
     graphs = Graphs(model) if can_record(here) and not options.eager else None
     dtype = model.model.compute_dtype
 
@@ -94,7 +95,7 @@ def time_steps(
 
     for _ in range(2):  # compile kernels, record graphs
         step(2)
-    return {count: median_ms(partial(step, count), options.repeats, here) for count in (1, 8)}
+    return {count: rounded_ms(partial(step, count), options, here) for count in (1, 8)}
 
 
 def time_pass(
@@ -102,7 +103,7 @@ def time_pass(
 ) -> dict[str, Any]:
     """Median milliseconds of a pass, with measuring and without, and its share of the time of the steps between two."""
     measuring, without = (
-        median_ms(partial(look, model, batch, here, measuring), options.repeats, here) for measuring in (True, False)
+        rounded_ms(partial(look, model, batch, here, measuring), options, here) for measuring in (True, False)
     )
     shares = {count: round(measuring / (every * step), 5) for count, step in steps.items()}
     return {"tokens": batch.labels.numel(), "ms": measuring, "ms without measuring": without, "share": shares}
@@ -123,26 +124,10 @@ def look(model: CausalLM, batch: Batch, here: World, measuring: bool) -> None:
         health.layers()
 
 
-def median_ms(work: Callable[[], Any], repeats: int, here: World) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        wait(here)
-        began = time.perf_counter()
-        work()
-        wait(here)
-        times.append((time.perf_counter() - began) * 1e3)
-    return round(statistics.median(times[1:]), 3)
-
-
-def free(here: World) -> None:
-    gc.collect()
-    if here.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def wait(here: World) -> None:
-    if here.device.type == "cuda":
-        torch.cuda.synchronize()
+def rounded_ms(work: Callable[[], Any], options: argparse.Namespace, here: World) -> float:
+    """Median milliseconds, once it has been run."""
+    work()
+    return round(median_ms(work, options.repeats, here.device), 3)
 
 
 def main() -> None:
@@ -160,16 +145,15 @@ def main() -> None:
     options = parser.parse_args()
     options.shapes = options.shapes or (["1x256", "2x128"] if options.check else ["1x32768", "2x8192"])
     options.tokens = options.tokens or (64 if options.check else 4096)
-    record = environment()
-    record["settings"] = {key: value for key, value in vars(options).items() if key != "result"}
-    record["rows"] = []
+    record = Record(options.result, settings_of(options, "result"))
+    found = record.values["rows"] = []
     with world() as here:
         for shape in options.shapes:
             rows, length = map(int, shape.split("x"))
-            record["rows"].append(measure_shape(options, rows, length, here))
-            print(json.dumps(record["rows"][-1], indent=1), flush=True)
-            free(here)
-    options.result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            with fresh_memory():
+                found.append(measure_shape(options, rows, length, here))
+            print(json.dumps(found[-1], indent=1), flush=True)
+            record.save()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ The result file is written anew after every phase. Finished stages in FOLDER are
 """
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -31,22 +30,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from exam import Examiner, question
+from record import Record, settings_of, write_rows
 from rl_100m_recipes import fine_tuning, practice
 from rl_step import engine_samples, mean_mismatch
 
-from infir2.data.tokenizer import load_tokenizer, train_tokenizer
+from infir2.data.tokenizer import train_tokenizer
 from infir2.data.worked_solutions import Split, WorkedExample, worked_examples
-from infir2.durable import replace_file
 from infir2.errors import DataError
 from infir2.evaluate.score import Sample, paired, summarise
-from infir2.launch.chat_model import open_model
-from infir2.launch.environment import environment
+from infir2.parallel.device import free_memory
 from infir2.parallel.runtime import World, world
 from infir2.reward.dispatch import reward_for
 from infir2.reward.score import Scorer
-from infir2.rollout.engine import Engine
-from infir2.rollout.records import Request, SamplingParams
-from infir2.stages.rl import engine_options, start_model, train_rl
+from infir2.stages.rl import engine_options, train_rl
 from infir2.stages.sft import train_sft
 from infir2.train.metrics import read_metrics
 
@@ -59,36 +56,6 @@ SMOKE = {
     "preset": "micro", "rows": 400, "epochs": 1, "sft_batch": 32, "probe": 2, "questions": 8, "steps": 2, "prompts": 4,
     "samples": 4, "new_tokens": 48, "eval_every": 1, "batch_tokens": 1024, "dtype": "float32",
 }  # fmt: skip
-
-
-class Record:
-    """The result file, and the clock."""
-
-    def __init__(self, path: Path | None, options: argparse.Namespace) -> None:
-        self.path, self.began = path, time.monotonic()
-        hidden = ("out", "json", "smoke", "precisions")
-        self.values: dict[str, Any] = {
-            **environment(),
-            "settings": {key: value for key, value in vars(options).items() if key not in hidden},
-            "seconds": {},
-            "runs": {},
-        }
-        if path and path.exists():  # of an earlier call on the same folder
-            self.values["runs"] = json.loads(path.read_text(encoding="utf-8"))["runs"]
-
-    def save(self) -> None:
-        if self.path:
-            replace_file(self.path, (json.dumps(self.values, indent=1) + "\n").encode())
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a phase, and write what is known at its end."""
-        began = time.monotonic()
-        print(f"[{began - self.began:.0f} s] {name} ...", flush=True)
-        yield
-        self.values["seconds"][name] = round(time.monotonic() - began, 1)
-        self.save()
-        print(f"[{time.monotonic() - self.began:.0f} s] {name}: {self.values['seconds'][name]} s", flush=True)
 
 
 @contextmanager
@@ -109,10 +76,6 @@ def stopped_after(seconds: float) -> Iterator[None]:
     finally:
         done.set()
         watcher.join()
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_lessons(out: Path, rows: int) -> None:
@@ -145,52 +108,22 @@ class Study:
         return self.options.out
 
 
-class Examiner:
-    """Asks the model of a run, in a precision, and has its answers marked."""
-
-    def __init__(self, study: Study, precision: str, run: Path) -> None:
-        self.scorer = study.scorer
-        self.config = practice(study.options, precision, run, study.out / "none")
-        self.chat, self.tokenizer, architecture = open_model(self.config)
-        self.model, _ = start_model(self.config, architecture, study.here)
-        self.engine = Engine(self.model, load_tokenizer(self.tokenizer), engine_options(self.config))
-        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-
-    def prompts(self, examples: Sequence[WorkedExample]) -> list[list[int]]:
-        return [self.chat.prompt([{"role": "user", "content": example.question}]) for example in examples]
-
-    def ask(self, examples: Sequence[WorkedExample], samples: int, temperature: float) -> list[Sample]:
-        end = self.chat.end_of_turn()
-        assert end is not None
-        params = SamplingParams(
-            temperature=temperature, max_new_tokens=self.config.rollout.max_new_tokens, n=samples, stop_token_ids=(end,)
-        )
-        requests = [
-            Request(tuple(prompt), SamplingParams(**{**params.__dict__, "seed": number}))
-            for number, prompt in enumerate(self.prompts(examples))
-        ]
-        self.engine.wake()
-        answers = self.engine.generate(requests)
-        self.engine.sleep()
-        given = [(example, completion) for example, group in zip(examples, answers) for completion in group]
-        scores = self.scorer.score_many([(c.text or "", example.prompt_row()["label"]) for example, c in given])
-        return [
-            Sample(
-                f"{example.family} {example.question}", completion.index, score.value, len(completion.token_ids),
-                completion.finish_reason == "length", completion.text or "",
-            )
-            for (example, completion), score in zip(given, scores)
-        ]  # fmt: skip
-
-    def examine(self, examples: Sequence[WorkedExample]) -> dict[str, list[Sample]]:
-        return {"greedy": self.ask(examples, 1, 0.0), "temperature 1": self.ask(examples, 4, 1.0)}
+def examiner_of(study: Study, precision: str, run: Path) -> Examiner:
+    """Of the model of a run, in a precision."""
+    config = practice(study.options, precision, run, study.out / "none")
+    return Examiner(config, study.here, study.scorer, engine_options(config))
 
 
-def choose_kinds(examiner: Examiner, each: int) -> list[dict[str, Any]]:
+def examine(study: Study, precision: str, run: Path, examples: Sequence[WorkedExample]) -> dict[str, list[Sample]]:
+    examiner, most = examiner_of(study, precision, run), study.options.new_tokens
+    return {"greedy": examiner.ask(examples, most), "temperature 1": examiner.ask(examples, most, 4, 1.0)}
+
+
+def choose_kinds(examiner: Examiner, options: argparse.Namespace) -> list[dict[str, Any]]:
     """How well the model does on new questions of every kind (not the held-out ones), and which it is to practise."""
     found: list[dict[str, Any]] = []
     for kind in KINDS:
-        result = summarise(examiner.ask(questions([kind], each, 5, "train"), 2, 1.0))
+        result = summarise(examiner.ask(questions([kind], options.probe, 5, "train"), options.new_tokens, 2, 1.0))
         found.append({"family": kind[0], "stage": kind[1], "accuracy": result.average, "tokens": result.mean_tokens})
     nearest = sorted(found, key=lambda row: abs(row["accuracy"] - WANTED))
     for row in found:
@@ -260,30 +193,24 @@ def reinforce(study: Study, precision: str, examples: list[WorkedExample]) -> di
     run, start, record = study.out / precision, study.out / "sft", study.record
     found: dict[str, Any] = {}
     with record.phase(f"{precision}: exam before"):
-        before = Examiner(study, precision, start).examine(examples)
+        before = examine(study, precision, start, examples)
         found["before"] = {name: described(samples) for name, samples in before.items()}
         record.values["runs"][precision] = found
-    free()
+    free_memory()
     with record.phase(f"{precision}: practice"), stopped_after(study.options.rl_seconds):
         train_rl(practice(study.options, precision, start, run), study.here)
         found |= curves(run, len(examples))
-    free()
+    free_memory()
     with record.phase(f"{precision}: exam after"):
-        after = Examiner(study, precision, run).examine(examples)
+        after = examine(study, precision, run, examples)
         found["after"] = {name: described(samples) for name, samples in after.items()}
         found["gain"] = {name: paired(before[name], after[name]).to_json() for name in after}
     for name, gain in found["gain"].items():
         old, new = found["before"][name]["average"], found["after"][name]["average"]
         span = "–" if gain["low"] is None else f"{gain['low']:+.3f} to {gain['high']:+.3f}"
         print(f"   {precision}, {name}: {old:.3f} -> {new:.3f} ({span})", flush=True)
-    free()
+    free_memory()
     return after
-
-
-def free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def prepare(study: Study) -> list[dict[str, Any]]:
@@ -298,15 +225,15 @@ def prepare(study: Study) -> list[dict[str, Any]]:
         losses = [[x["step"], round(x["loss"], 4)] for x in lines if x["kind"] == "train"]
         held_out = [[x["step"], round(x["eval_loss"], 4)] for x in lines if x["kind"] == "eval"]
         record.values["fine_tuning"] = {"loss": losses, "held_out_loss": held_out}
-    free()
+    free_memory()
     with record.phase("choice of questions"):
         chosen_file = out / "kinds.json"
         if not chosen_file.exists():
-            kinds = choose_kinds(Examiner(study, "blockwise", study.out / "sft"), options.probe)
+            kinds = choose_kinds(examiner_of(study, "blockwise", study.out / "sft"), options)
             write_practice(options, kinds)
             chosen_file.write_text(json.dumps(kinds))
         record.values["kinds"] = kinds = json.loads(chosen_file.read_text())
-    free()
+    free_memory()
     return kinds
 
 
@@ -314,24 +241,28 @@ def compare_precisions(study: Study, examples: list[WorkedExample]) -> None:
     """The FP8 engine's answers, read by trainers of both precisions: the fine-tuned weights, before any practice."""
     found: dict[str, Any] = {}
     for precision in PRECISIONS:
-        examiner = Examiner(study, precision, study.out / "sft")
-        study.record.values["parameters"] = examiner.parameters
+        examiner = examiner_of(study, precision, study.out / "sft")
+        study.record.values["parameters"] = sum(parameter.numel() for parameter in examiner.model.parameters())
         if precision == "blockwise":
-            prompts = examiner.prompts(examples[:: max(1, len(examples) // 64)])
+            asked = examples[:: max(1, len(examples) // 64)]
+            prompts = [examiner.chat.prompt([question(example)]) for example in asked]
             answers = engine_samples(
                 examiner.model, examiner.tokenizer, examiner.config, prompts, 4, study.options.new_tokens
             )
             found["tokens"] = sum(len(answer.response_ids) for answer in answers)
         found[f"{precision} trainer, blockwise engine"] = mean_mismatch(examiner.model, answers, examiner.config)
         del examiner
-        free()
+        free_memory()
     study.record.values["mismatch"] = found
     print(json.dumps(found), flush=True)
 
 
 def measure(options: argparse.Namespace) -> None:
-    record = Record(options.json, options)
     options.out.mkdir(parents=True, exist_ok=True)
+    record = Record(options.json, settings_of(options, "out", "json", "smoke", "precisions"))
+    record.values["runs"] = {}
+    if options.json and options.json.exists():  # of an earlier call on the same folder
+        record.values["runs"] = json.loads(options.json.read_text(encoding="utf-8"))["runs"]
     with world() as here, closing(reward_for("reasoning_gym")) as scorer:
         study = Study(options, here, scorer, record)
         examples = exam(prepare(study), options)

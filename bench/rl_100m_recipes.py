@@ -2,13 +2,12 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, TypeVar
 
-from infir2.config import RlConfig, SftConfig, load
+from record import shipped
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+from infir2.config import RlConfig, SftConfig
+
 ALIKE = {"fp8.health_every": 0, "train.save_every": 0, "log.tensorboard": "false"}
-C = TypeVar("C", SftConfig, RlConfig)
 
 
 def fine_tuning(options: argparse.Namespace) -> SftConfig:
@@ -30,7 +29,7 @@ def fine_tuning(options: argparse.Namespace) -> SftConfig:
         "train.eval_every": 200,
         "log.every": 10,
     }
-    return _shipped(SftConfig, "sft_small_stage2", values)
+    return shipped(SftConfig, "sft_small_stage2", {**ALIKE, **values})
 
 
 def practice(options: argparse.Namespace, precision: str, start: Path, run: Path) -> RlConfig:
@@ -60,9 +59,4 @@ def practice(options: argparse.Namespace, precision: str, start: Path, run: Path
         "train.eval_every": options.eval_every,
         "train.eval_sequences": options.questions,
     }
-    return _shipped(RlConfig, "rl_small_stage1", values)
-
-
-def _shipped(kind: type[C], name: str, values: dict[str, Any]) -> C:
-    words = [word for key, value in {**ALIKE, **values}.items() for word in (f"--{key}", str(value))]
-    return load(kind, RECIPES / f"{name}.toml", words)
+    return shipped(RlConfig, "rl_small_stage1", {**ALIKE, **values})

@@ -11,16 +11,17 @@ number of responses; random weights make responses that reach the limit.
 """
 
 import argparse
-import gc
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
+from exam import question
+from record import Record, settings_of, write_rows
 
 from infir2.config import RlConfig
 from infir2.data.chat import ChatTokenizer
@@ -28,22 +29,20 @@ from infir2.data.tokenizer import load_tokenizer, train_tokenizer
 from infir2.data.worked_solutions import worked_examples
 from infir2.fp8.convert import refresh_weights
 from infir2.launch.chat_model import open_model
-from infir2.launch.environment import environment
-from infir2.launch.training import build_model, seed_everything
+from infir2.launch.training import Trainee, build_trainee, train_stage
 from infir2.model.attention import document_attention
 from infir2.model.config import ModelConfig
 from infir2.model.presets import PRESETS
 from infir2.model.transformer import CausalLM
+from infir2.parallel.device import free_memory, reset_peak
 from infir2.parallel.runtime import World, world
 from infir2.rl.batch import TrainingSample, pack_samples
-from infir2.rl.objective import PolicyObjective, batch_logprobs
+from infir2.rl.objective import batch_logprobs
 from infir2.rl.policy_loss import mismatch
 from infir2.rollout.engine import Engine
 from infir2.rollout.records import Request, SamplingParams
 from infir2.stages.rl import Wiring, engine_options, make_scorer, read_data
-from infir2.train.loop import Callbacks, TrainState, train
 from infir2.train.metrics import MetricsWriter, read_metrics
-from infir2.train.optimizer import build_optimizer
 from infir2.types import IGNORE
 
 PHASES = ("rollout_s", "reward_s", "logprob_s", "sync_s", "update_s")
@@ -92,43 +91,19 @@ def recipe(out: Path, precision: str, options: argparse.Namespace) -> RlConfig:
 
 
 def run_steps(
-    config: RlConfig, here: World, model: CausalLM, opened: tuple[ChatTokenizer, Path, ModelConfig]
+    config: RlConfig, here: World, trainee: Trainee, opened: tuple[ChatTokenizer, Path, ModelConfig]
 ) -> dict[str, float]:
     """Do the recipe's steps; what they took."""
     chat, folder, architecture = opened
-    scorer = make_scorer(config.reward)
-    wiring = Wiring(config, architecture, chat, folder, read_data(config, chat, scorer, False), scorer, here)
-    dtype, settings, progress = getattr(torch, config.model.dtype), config.train.loop(), TrainState()
-    if here.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        with MetricsWriter(Path(config.run), settings.steps, tensorboard=False) as metrics:
-            wiring.begin(model, progress, metrics)
-            callbacks = Callbacks(
-                batches=wiring.loop.batches,
-                learning_rate=lambda step: config.optim.lr,
-                evaluate=lambda interrupted: {},
-                save=lambda at: None,  # many GB of random weights
-                poll=lambda: None,
-                finish=lambda: None,
-                attention_for=lambda batch: document_attention(batch, dtype),
-                objective=PolicyObjective(config.policy, config.rollout.temperature),
-                step_values=wiring.loop.step_values,
-            )
-            stopped = train(
-                model,
-                build_optimizer(model, config.optim),
-                progress,
-                settings,
-                here,
-                metrics,
-                callbacks,
-                clip=config.optim.clip,
-                flops_per_token=lambda span: architecture.flops_per_token(0, span),
-                log=config.log,
-            )
-    finally:
-        scorer.close()
+    reset_peak(here.device)
+    with (
+        closing(make_scorer(config.reward)) as scorer,
+        MetricsWriter(Path(config.run), config.train.steps, tensorboard=False) as metrics,
+    ):
+        data = read_data(config, chat, scorer, False)
+        stage = Wiring(config, architecture, chat, folder, data, scorer, here).stage()
+        # Without checkpoints: many GB of random weights.
+        stopped = train_stage(config, here, stage, trainee, metrics)
     if stopped:
         raise SystemExit(128 + stopped)
     return phases(Path(config.run))
@@ -175,29 +150,28 @@ def mean_mismatch(model: CausalLM, samples: Sequence[TrainingSample], config: Rl
     return {key: value / tokens for key, value in sums.items()}
 
 
-def measure(out: Path, here: World, options: argparse.Namespace) -> dict[str, Any]:
-    began = time.monotonic()
+def measure(out: Path, here: World, options: argparse.Namespace, record: Record) -> None:
     steps: dict[str, Any] = {}
     apart: dict[str, Any] = {}
+    record.values |= {"steps": steps, "mismatch": apart}
     samples: list[TrainingSample] = []
     for precision in PRECISIONS:
         config = recipe(out, precision, options)
         chat, folder, architecture = opened = open_model(config)
-        seed_everything(config)
-        model, _ = build_model(config, architecture, here)
-        refresh_weights(model)
-        print(f"[{time.monotonic() - began:.0f} s] {precision}: model built", flush=True)
+        trainee = build_trainee(config, architecture, here)
+        refresh_weights(trainee.model)
+        record.tell(f"{precision}: model built")
         if not samples:
-            questions = [example.question for example in worked_examples(1, 8, 2, families=FAMILIES)]
-            prompts = [chat.prompt([{"role": "user", "content": question}]) for question in questions]
-            samples = engine_samples(model, folder, config, prompts, 4, min(256, options.new_tokens))
-        apart[f"{precision} trainer, blockwise engine"] = mean_mismatch(model, samples, config)
-        print(f"[{time.monotonic() - began:.0f} s] {precision}: {json.dumps(apart)}", flush=True)
-        steps[precision] = run_steps(config, here, model, opened)
-        print(f"[{time.monotonic() - began:.0f} s] {precision}: {json.dumps(steps[precision])}", flush=True)
-        del model
-        gc.collect()
-    return {"steps": steps, "mismatch": apart}
+            examples = worked_examples(1, 8, 2, families=FAMILIES)
+            prompts = [chat.prompt([question(example)]) for example in examples]
+            samples = engine_samples(trainee.model, folder, config, prompts, 4, min(256, options.new_tokens))
+        apart[f"{precision} trainer, blockwise engine"] = mean_mismatch(trainee.model, samples, config)
+        record.tell(f"{precision}: {json.dumps(apart)}")
+        steps[precision] = run_steps(config, here, trainee, opened)
+        record.tell(f"{precision}: {json.dumps(steps[precision])}")
+        record.save()
+        del trainee
+        free_memory()
 
 
 def main() -> None:
@@ -215,19 +189,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="of each precision, the first of which is not counted")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    settings = {key: value for key, value in vars(options).items() if key != "json"}
-    record: dict[str, Any] = {**environment(), "settings": settings}
+    record = Record(options.json, settings_of(options, "json"))
     with tempfile.TemporaryDirectory() as folder, world() as here:
         out = Path(folder)
         examples = worked_examples(1, options.prompts * options.steps, 1, families=FAMILIES)
         rows = [example.prompt_row() for example in examples]
-        (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_rows(out / "prompts.jsonl", rows)
         if not options.model:
             train_tokenizer([row["prompt"] for row in rows], 512, out / "tokenizer")
-        record |= measure(out, here, options)
-    print(json.dumps({key: record[key] for key in ("steps", "mismatch")}, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        measure(out, here, options, record)
+    print(json.dumps({key: record.values[key] for key in ("steps", "mismatch")}, indent=1))
 
 
 if __name__ == "__main__":

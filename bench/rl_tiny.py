@@ -6,48 +6,36 @@ The shipped recipes, for every seed: a model of half a million parameters is pre
 fine-tuned in two stages, the second one short, and trained on by reinforcement learning in two stages, on easy sums
 (recipes/rl_tiny_stage1.toml) and with harder ones among them (_stage2.toml), in each precision from the same fine-tuned
 model. The seed decides weights, data order, prompts and samples. After pre-training, fine-tuning and each stage the
-same held-out questions of both kinds are asked, greedily and with several samples at temperature 1. Intervals are 95 %:
-of one run by question, paired; of the mean over seeds by Student's t. Finished stages are kept: the same command goes
-on where it was stopped.
+same held-out questions of both kinds are asked, greedily and with several samples at temperature 1. Intervals are 95 %,
+by Student's t: of one run over questions, paired, and of the mean over seeds. Finished stages are kept: the same
+command goes on where it was stopped.
 """
 
 import argparse
 import json
-import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
+from exam import Examiner, by_seed, mean_of
+from record import RECIPES, Record, settings_of, shipped
 
 from infir2 import cli
-from infir2.checkpoint.state import model_state
-from infir2.checkpoint.store import CheckpointStore
-from infir2.config import RlConfig, load
-from infir2.data import tokenizer as tok
+from infir2.config import RlConfig
 from infir2.data.worked_solutions import worked_examples
-from infir2.fp8.convert import refresh_weights
-from infir2.launch.chat_model import open_model
-from infir2.launch.environment import environment
-from infir2.launch.training import build_model
+from infir2.evaluate.score import by_problem
 from infir2.parallel.runtime import World
 from infir2.reward.score import Scorer
 from infir2.reward.tasks import ReasoningGymScorer
-from infir2.rollout.engine import Engine
-from infir2.rollout.options import EngineOptions
-from infir2.rollout.records import Request, SamplingParams
 from infir2.train.metrics import read_metrics
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 FAMILIES = ("chain_sum",)
 WORLD = World(0, 1, torch.device("cpu"), None)
 KINDS = {"easy": 1, "harder": 2}
 """Kind of questions -> stage of `infir2 examples`."""
 STAGES = ("base", "sft", "rl1", "rl2")
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Student's t for a two-sided 95 % interval of the mean of so many seeds."""
 
 Marks = dict[str, list[float]]
 """Kind of questions (all: both) and way of sampling -> mean mark of each held-out question."""
@@ -125,52 +113,19 @@ class Exam:
         return marks
 
     def _ask(self, run: Path, precision: str) -> Marks:
-        words = ["--init.checkpoint", str(run), "--fp8.recipe", precision]
-        config = load(RlConfig, RECIPES / "rl_tiny_stage1.toml", words)
-        chat, folder, architecture = open_model(config)
-        model, _ = build_model(config, architecture, WORLD)
-        store = CheckpointStore(run / "checkpoints")
-        store.load(store.find(str(run)), {"model": model_state(model)}, ("optim",))
-        refresh_weights(model)
-        model.eval()
-        engine = Engine(model, tok.load_tokenizer(folder), EngineOptions(max_sequences=512))
-        end = chat.end_of_turn()
-        assert end is not None
-        greedy = SamplingParams(temperature=0.0, max_new_tokens=112, seed=1, stop_token_ids=(end,))
-        sampled = replace(greedy, temperature=1.0, n=self.samples)
+        values = {"run": run, "init.checkpoint": run, "fp8.recipe": precision}
+        examiner = Examiner(shipped(RlConfig, "rl_tiny_stage1", values), WORLD, self.scorer)
         marks: Marks = {}
-        for way, params in (("greedy", greedy), ("temperature 1", sampled)):
+        for way, samples, temperature in (("greedy", 1, 0.0), ("temperature 1", self.samples, 1.0)):
             for kind, examples in self.examples.items():
-                prompts = [chat.prompt([{"role": "user", "content": one.question}]) for one in examples]
-                answers = engine.generate([Request(tuple(prompt), params) for prompt in prompts])
-                labels = [one.prompt_row()["label"] for one in examples]
-                pairs = [(answer.text, label) for given, label in zip(answers, labels) for answer in given]
-                scores = [score.value for score in self.scorer.score_many(pairs)]
-                n = params.n
-                marks[f"{kind}, {way}"] = [statistics.fmean(scores[i : i + n]) for i in range(0, len(scores), n)]
+                answers = by_problem(examiner.ask(examples, 112, samples, temperature))
+                marks[f"{kind}, {way}"] = [statistics.fmean(scores) for scores in answers.values()]
             marks[f"all, {way}"] = [mark for kind in self.examples for mark in marks[f"{kind}, {way}"]]
         return marks
 
 
-def by_question(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and its 95 % interval, normal approximation."""
-    mean = statistics.fmean(values)
-    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": round(mean, 4), "interval": [round(mean - half, 4), round(mean + half, 4)]}
-
-
-def by_seed(values: Sequence[float]) -> dict[str, Any]:
-    """Seed by seed, and mean with its 95 % interval by Student's t (two seeds or more)."""
-    mean = statistics.fmean(values)
-    found: dict[str, Any] = {"by_seed": [round(value, 4) for value in values], "mean": round(mean, 4)}
-    if len(values) in T_95:
-        half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-        found["interval"] = [round(mean - half, 4), round(mean + half, 4)]
-    return found
-
-
 def gain(later: list[float], earlier: list[float]) -> dict[str, Any]:
-    return by_question([b - a for b, a in zip(later, earlier, strict=True)])
+    return mean_of([b - a for b, a in zip(later, earlier, strict=True)])
 
 
 def course_of(run: Path) -> dict[str, Any]:
@@ -220,7 +175,7 @@ def examined(out: Path, exam: Exam, start: str, precision: str, seed: int) -> tu
     steps = (("sft", "base"), ("rl1", "sft"), ("rl2", "rl1"), ("rl2", "sft"))
     record["held_out"] = {
         way: {
-            **{name: by_question(marks[name][way]) for name in STAGES},
+            **{name: mean_of(marks[name][way]) for name in STAGES},
             **{f"{b} - {a}": gain(marks[b][way], marks[a][way]) for b, a in steps},
         }
         for way in marks["base"]
@@ -263,29 +218,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     out = options.out
-    settings = {key: value for key, value in vars(options).items() if key not in ("out", "json")}
-    record = {**environment(), "threads": torch.get_num_threads(), "settings": settings, "families": FAMILIES}
+    record = Record(options.json, settings_of(options, "out", "json"))
+    record.values |= {"threads": torch.get_num_threads(), "families": FAMILIES}
     if not (out / "corpus" / "tokenizer").exists():
         write_data(out)
-    scorer = ReasoningGymScorer(workers=1)
-    exam = Exam(out, tuple(options.questions), options.samples, scorer)
     runs, found = [], {}
-    try:
+    with closing(ReasoningGymScorer(workers=1)) as scorer:
+        exam = Exam(out, tuple(options.questions), options.samples, scorer)
         for seed in options.seeds:
             fine_tuned(out, options.start, seed)
             for precision in options.precision:
                 run, found[precision, seed] = examined(out, exam, options.start, precision, seed)
                 runs.append(run)
                 print(json.dumps(run["held_out"]), flush=True)
-                record |= {
-                    "training_minutes": training_minutes(runs),
-                    "over_seeds": summary(found),
-                }
-                if options.json:
-                    options.json.write_text(json.dumps({**record, "runs": runs}, indent=1) + "\n", encoding="utf-8")
-    finally:
-        scorer.close()
-    print(json.dumps(record["over_seeds"], indent=1))
+                over_seeds = summary(found)
+                record.values |= {"training_minutes": training_minutes(runs), "over_seeds": over_seeds, "runs": runs}
+                record.save()
+    print(json.dumps(over_seeds, indent=1))
 
 
 if __name__ == "__main__":

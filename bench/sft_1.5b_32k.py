@@ -11,31 +11,30 @@ under train.activation_checkpointing.
 """
 
 import argparse
-import gc
 import json
 import statistics
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from record import Record, settings_of, shipped
 
-from infir2.config import SftConfig, load
+from infir2.benchmark.timing import timed
+from infir2.config import SftConfig
 from infir2.data.chat import Sample
 from infir2.data.sft import SftLoader, TokenRows
 from infir2.fp8.convert import refresh_weights
-from infir2.launch.environment import environment
-from infir2.launch.training import build_model, model_config, seed_everything
+from infir2.launch.model import model_config
+from infir2.launch.training import build_trainee
 from infir2.model.attention import document_attention
+from infir2.parallel.device import fresh_memory, peak_memory, reset_peak
 from infir2.parallel.runtime import World, world
 from infir2.train.graphs import Graphs, can_record
-from infir2.train.optimizer import build_optimizer
 from infir2.train.step import train_step
 from infir2.types import Batch
 
-RECIPE = Path(__file__).parents[1] / "recipes/sft_1.5b_stage1.toml"
 ROWS = 256
 
 
@@ -43,7 +42,7 @@ def recipe(options: argparse.Namespace, precision: str) -> SftConfig:
     """The shipped recipe at the wanted shape."""
     name, vocabulary = ("micro", 512) if options.check else ("qwen2.5-1.5b", 151_936)
     recipe_name, _, checkpointing = precision.partition("/")
-    words = {
+    values = {
         "model": f'{{ preset = "{name}", vocab_size = {vocabulary} }}',
         "fp8.recipe": recipe_name,
         "data.max_length": options.length,
@@ -52,7 +51,7 @@ def recipe(options: argparse.Namespace, precision: str) -> SftConfig:
         "train.cuda_graphs": str(not options.eager).lower(),
         "train.activation_checkpointing": checkpointing or "full",
     }
-    return load(SftConfig, RECIPE, [word for key, value in words.items() for word in (f"--{key}", str(value))])
+    return shipped(SftConfig, "sft_1.5b_stage1", values)
 
 
 def micro_batches(config: SftConfig, vocabulary: int, count: int, whole: bool) -> list[Batch]:
@@ -69,51 +68,38 @@ def micro_batches(config: SftConfig, vocabulary: int, count: int, whole: bool) -
 def measure(options: argparse.Namespace, precision: str, here: World) -> dict[str, Any]:
     """Seconds of every step, and the peak of the device's memory over them."""
     config = recipe(options, precision)
-    seed_everything(config)
     architecture = model_config(config, 0)
     recorded = config.train.cuda_graphs and can_record(here)
     batches = micro_batches(config, architecture.vocab_size, options.warmup + options.steps, recorded)
-    model, report = build_model(config, architecture, here)
+    trainee = build_trainee(config, architecture, here)
+    model, optimizer = trainee.model, trainee.optimizer
     refresh_weights(model)
-    optimizer = build_optimizer(model, config.optim)
-    dtype = getattr(torch, config.model.dtype)
+    attention = partial(document_attention, compute_dtype=getattr(torch, config.model.dtype))
     graphs = Graphs(model) if recorded else None
     seconds, losses = [], []
     for number, batch in enumerate(batches):
-        if number == options.warmup and here.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        attention = partial(document_attention, compute_dtype=dtype)
-        result = train_step(model, optimizer, [batch], here, attention, config.optim.clip, graphs=graphs)
-        _wait(here)
-        seconds.append(time.perf_counter() - began)
+        if number == options.warmup:
+            reset_peak(here.device)
+        step = partial(train_step, model, optimizer, [batch], here, attention, config.optim.clip, graphs=graphs)
+        took, result = timed(step, here.device)
+        seconds.append(took)
         assert result is not None
         losses.append(result.loss)
         print(f"{precision}: step {number + 1} of {len(batches)}: {seconds[-1]:.3f} s, loss {losses[-1]:.4f}")
-    timed = seconds[options.warmup :]
+    counted, peak = seconds[options.warmup :], peak_memory(here.device, 1e9, reserved=True)
     tokens = [int(batch.cu_seqlens[-1]) for batch in batches[options.warmup :]]
     return {
         "precision": precision,
-        "fp8_layers": len(report.converted),
+        "fp8_layers": len(trainee.report.converted),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "step_s": [round(value, 4) for value in timed],
-        "median_step_s": round(statistics.median(timed), 4),
-        "tokens_per_s": round(sum(tokens) / sum(timed), 1),
+        "step_s": [round(value, 4) for value in counted],
+        "median_step_s": round(statistics.median(counted), 4),
+        "tokens_per_s": round(sum(tokens) / sum(counted), 1),
         "tokens": tokens,
         "documents": [batch.cu_seqlens.numel() - 1 for batch in batches[options.warmup :]],
-        "peak_memory_gb": _peak_memory(here),
+        "peak_memory_gb": peak and round(peak, 3),
         "losses": [round(loss, 4) for loss in losses],
     }
-
-
-def _wait(here: World) -> None:
-    if here.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _peak_memory(here: World) -> float | None:
-    """In GB, as reserved by torch, for a graph's tensors come and go unseen; None on a CPU, where it is not counted."""
-    return round(torch.cuda.max_memory_reserved() / 1e9, 3) if here.device.type == "cuda" else None
 
 
 def main() -> None:
@@ -132,21 +118,18 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="a tiny shape, to see that everything runs")
     options = parser.parse_args()
     options.length = options.length or (512 if options.check else 32_768)
-    record = environment()
-    record["settings"] = {key: value for key, value in vars(options).items() if key != "result"}
+    record = Record(options.result, settings_of(options, "result"))
     rows: list[dict[str, Any]] = []
     with world() as here:
         for precision in options.precision:
-            rows.append(measure(options, precision, here))
-            gc.collect()
-            if here.device.type == "cuda":
-                torch.cuda.empty_cache()
+            with fresh_memory():
+                rows.append(measure(options, precision, here))
     for row in rows:
         row["speed_up"] = round(rows[0]["median_step_s"] / row["median_step_s"], 3)
         if row["peak_memory_gb"]:
             row["memory_ratio"] = round(row["peak_memory_gb"] / rows[0]["peak_memory_gb"], 3)
-    record["rows"] = rows
-    options.result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record.values["rows"] = rows
+    record.save()
     print(json.dumps(rows, indent=1))
 
 

@@ -1,9 +1,16 @@
-"""Files that are whole or not there: written under another name, fsynced, renamed, and the folder fsynced too."""
+"""Files that are whole or not there: written under another name, fsynced, renamed, and the folder fsynced too.
 
+Also the files that a user names to be written: what is wrong with one is told before the work, in one line.
+"""
+
+import errno
 import itertools
 import os
+import tempfile
 import uuid
 from pathlib import Path
+
+from infir2.errors import UserError
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -26,6 +33,37 @@ def replace_file(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def check_output(path: Path, option: str) -> None:
+    """Raise UserError where the file that ``option`` names cannot be written; asked before the work that fills it."""
+    try:
+        if path.is_dir():
+            raise UserError(f"{option} {path}: is a folder; name a file")
+        if not path.parent.is_dir():
+            raise UserError(f"{option} {path}: there is no folder {path.parent}; make it, or name another file")
+        if not _written_in_place(path):
+            tempfile.TemporaryFile(dir=path.parent).close()
+        elif path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written: {error.strerror}; name another file") from None
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write a file that a user asked for, as ``replace_file`` does. Raises UserError where that cannot be."""
+    try:
+        if _written_in_place(path):
+            path.write_text(text, encoding="utf-8")
+        else:
+            replace_file(path, text.encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _written_in_place(path: Path) -> bool:
+    """A link, and what is no plain file, such as /dev/stdout, stays what it is."""
+    return path.is_symlink() or (path.exists() and not path.is_file())
 
 
 def unused_name(path: Path) -> Path:

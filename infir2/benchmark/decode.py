@@ -8,13 +8,15 @@ from typing import Any, cast
 
 import torch
 
-from infir2.benchmark.step import fresh_memory, kernel_profile, randomise
+from infir2.benchmark.step import kernel_profile, randomise
+from infir2.benchmark.timing import timed
 from infir2.errors import UserError
 from infir2.fp8.convert import convert, refresh_weights
 from infir2.fp8.linear import Fp8Linear
 from infir2.fp8.recipe import recipe_named
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
+from infir2.parallel.device import default_device, fresh_memory, peak_memory
 from infir2.rollout.engine import Engine
 from infir2.rollout.options import EngineOptions
 from infir2.rollout.records import Request, SamplingParams
@@ -29,12 +31,12 @@ def run(args: argparse.Namespace, tell: Callable[[str], None]) -> list[dict[str,
     time of a step. Read are the weights that are multiplied, once, and the keys and values of all sequences at half of
     their growth. Nothing else is counted: no activations, no arithmetic.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     copied = _copy_bytes_a_second(device)
     rows = []
     for name in args.precisions:
         tell(f"measuring infir2 {name}: {args.batch} prompts of {args.length} tokens, {args.new} new tokens each")
-        with fresh_memory(device):
+        with fresh_memory():
             rows.append(_measure(name, device, copied, args))
     return rows
 
@@ -72,7 +74,7 @@ def _measure(name: str, device: torch.device, copied: float, args: argparse.Name
         "read GB/s": moved / step_s / 1e9,
         "roofline share": moved / step_s / copied,
         "new tokens/s over all": made / seconds,
-        "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+        "peak GiB": peak_memory(device),
     }
     if args.profile and device.type == "cuda":
         row |= _profiles(engine, _requests(args, model.config.vocab_size, args.new))
@@ -103,20 +105,13 @@ def _profiles(engine: Engine, requests: list[Request]) -> dict[str, Any]:
 def _copy_bytes_a_second(device: torch.device) -> float:
     """Bytes that a long copy on the device reads and writes a second, at best."""
     source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target, best = torch.empty_like(source), float("inf")
-    for _ in range(5):
-        _wait(device)
-        began = time.perf_counter()
+    target = torch.empty_like(source)
+
+    def copy() -> None:
         for _ in range(4):
             target.copy_(source)
-        _wait(device)
-        best = min(best, time.perf_counter() - began)
-    return 8 * source.nbytes / best
 
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    return 8 * source.nbytes / min(timed(copy, device)[0] for _ in range(5))
 
 
 def _model(name: str, device: torch.device, args: argparse.Namespace) -> CausalLM:

@@ -2,13 +2,9 @@
 
 import argparse
 import dataclasses
-import gc
 import re
-import statistics
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -16,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from infir2.benchmark.peers import apply_torchao, transformers_model
+from infir2.benchmark.timing import median_ms
 from infir2.config import OptimSection
 from infir2.fp8.convert import convert, refresh_weights
 from infir2.fp8.fused import MlpActivations
@@ -26,6 +23,7 @@ from infir2.model.config import ModelConfig
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
 from infir2.parallel.apply import parallelize
+from infir2.parallel.device import free_memory, fresh_memory, peak_memory, reset_peak
 from infir2.parallel.runtime import World, world
 from infir2.train.collection import collecting_between_steps
 from infir2.train.optimizer import build_optimizer
@@ -52,11 +50,11 @@ def run(args: argparse.Namespace, tell: Callable[[str], None]) -> list[dict[str,
     with world() as here, collecting_between_steps():
         for name in args.precisions:
             tell(f"measuring infir2 {name}: {_phases(args)}")
-            with fresh_memory(here.device):
+            with fresh_memory():
                 rows.append(_measure(f"infir2 {name}", _ours(config, name, here, args), config, here, args))
         for name in args.peers:
             tell(f"measuring {name}: {_phases(args)}")
-            with fresh_memory(here.device):
+            with fresh_memory():
                 recipe = name.partition(":")[2]
                 peer = _ours(config, "bf16", here, args, recipe) if recipe else _transformers(config, here, args)
                 rows.append(_measure(name, peer, config, here, args))
@@ -134,17 +132,17 @@ def _measure(
         model.zero_grad(set_to_none=True)
 
     for _ in range(2):  # compile, warm up; the second time tells the memory
-        _reset_peak(here)
+        reset_peak(here.device)
         step()
-    peak = _peak_gib(here)
+    peak = peak_memory(here.device)
     graphs = here.device.type == "cuda" and not args.eager and name != "hf"
     record = _recorded if graphs else _as_it_is
-    fwd = _median_ms(record(lambda: forward(*inputs)), here, args.repeats)
+    fwd = median_ms(record(lambda: forward(*inputs)), args.repeats, here.device)
     with torch.no_grad():
         forward(*inputs)
-        inference = _median_ms(record(lambda: forward(*inputs)), here, args.repeats)
+        inference = median_ms(record(lambda: forward(*inputs)), args.repeats, here.device)
     whole = record(add_gradients) if graphs else step
-    both = _median_ms(whole, here, args.repeats)
+    both = median_ms(whole, args.repeats, here.device)
     tokens = args.batch * args.length
     row: dict[str, Any] = {
         "what": name,
@@ -167,7 +165,7 @@ def _measure(
 def _with_optimizer(
     model: nn.Module, add_gradients: Callable[[], Any], graphs: bool, here: World, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Forward, backward and update. Memory is what torch has reserved: a graph's tensors come and go unseen."""
+    """Forward, backward and update."""
     optimizer = build_optimizer(model, OptimSection(lr=1e-5, moments=args.moments))
 
     def full() -> None:
@@ -176,13 +174,11 @@ def _with_optimizer(
         if not graphs:
             optimizer.zero_grad(set_to_none=True)
 
-    if here.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    free_memory()
+    reset_peak(here.device)
     full()
-    both = _median_ms(full, here, args.repeats)
-    reserved = torch.cuda.max_memory_reserved() / 2**30 if here.device.type == "cuda" else None
-    return {"with AdamW ms": both, "with AdamW GiB": reserved}
+    both = median_ms(full, args.repeats, here.device)
+    return {"with AdamW ms": both, "with AdamW GiB": peak_memory(here.device, reserved=True)}
 
 
 def _as_it_is(work: Callable[[], Any]) -> Callable[[], Any]:
@@ -195,17 +191,6 @@ def _recorded(work: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         work()
     return graph.replay
-
-
-def _median_ms(work: Callable[[], Any], here: World, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        _synchronise(here)
-        began = time.perf_counter()
-        work()
-        _synchronise(here)
-        times.append((time.perf_counter() - began) * 1e3)
-    return statistics.median(times)
 
 
 def kernel_profile(work: Callable[[], Any]) -> dict[str, Any]:
@@ -236,25 +221,3 @@ def randomise(model: nn.Module) -> None:
             parameter.fill_(1.0)
         else:
             parameter.normal_(0.0, 0.02)
-
-
-@contextmanager
-def fresh_memory(device: torch.device) -> Iterator[None]:
-    yield
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _synchronise(here: World) -> None:
-    if here.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _reset_peak(here: World) -> None:
-    if here.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_gib(here: World) -> float | None:
-    return torch.cuda.max_memory_allocated() / 2**30 if here.device.type == "cuda" else None

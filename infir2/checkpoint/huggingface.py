@@ -205,8 +205,12 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
 
 def require_new(out: Path) -> None:
-    """Raise CheckpointError where ``out`` is there and not an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """Raise CheckpointError where ``out`` is there and not an empty folder, or can never be."""
+    try:
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written: {error.strerror}") from None
+    if taken:
         raise CheckpointError(f"{out}: exists and is not empty; choose another folder or remove it")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infir2.durable import replace_file
+from infir2.durable import write_output
 from infir2.errors import UserError
 from infir2.evaluate.score import Sample
 from infir2.evaluate.tasks import Problem
@@ -135,9 +135,9 @@ def _read(file: Path) -> dict[str, Any]:
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, text.encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    write_output(path, text)
 
 
 def _sha256(text: str) -> str:

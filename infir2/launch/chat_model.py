@@ -7,7 +7,7 @@ from infir2.data.chat import ChatTokenizer, choose_template
 from infir2.data.tokenizer import load_tokenizer, vocabulary_size
 from infir2.errors import ConfigError, DataError
 from infir2.launch.data_check import check_same_ids
-from infir2.launch.training import model_config, no_start, starting_meta, starting_tokenizer
+from infir2.launch.model import model_config, no_start, starting_meta, starting_tokenizer
 from infir2.model.config import ModelConfig
 
 

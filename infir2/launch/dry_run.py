@@ -8,7 +8,7 @@ from infir2.config import TrainingConfig, TrainSection, to_toml
 from infir2.fp8.linear import Fp8Linear
 from infir2.kernels.logit_chunks import CHUNK_LOGITS, HELD_CHUNKS
 from infir2.launch.kept_activations import kept_by_layers
-from infir2.launch.training import convert_as
+from infir2.launch.model import convert_as
 from infir2.model.config import ModelConfig
 from infir2.model.transformer import CausalLM
 

@@ -80,15 +80,14 @@ def load_engine(
     Raises CheckpointError for a model that is not whole, DataError for one without a tokenizer, and ConfigError for
     options that do not go together.
     """
-    import torch
-
     from infir2.data.tokenizer import load_tokenizer
+    from infir2.parallel.device import default_device
     from infir2.rollout.engine import Engine
     from infir2.rollout.options import EngineOptions
 
     source = _open(text)
     tokenizer = load_tokenizer(_tokenizer_place(text, source, options))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     model, report = load_model(source, options, device, console)
     if report.converted:
         console.print(str(report))

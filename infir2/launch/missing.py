@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from infir2.config import ChatDataSection, RlDataSection, TrainingConfig
 from infir2.data.conversations import RowSource
 from infir2.errors import UserError
-from infir2.launch.training import model_config
+from infir2.launch.model import model_config
 from infir2.model.config import ModelConfig
 from infir2.model.presets import PRESETS
 

@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from infir2 import __version__
-from infir2.durable import replace_file
+from infir2.durable import write_output
 from infir2.errors import UserError
 from infir2.report import plots
 from infir2.report.runs import Run, differences, labels_for, read_run
@@ -86,10 +86,7 @@ def write_page(out: Path, template: str, title: str, kicker: str, content: dict[
     html = environment.get_template(template).render(
         title=title, kicker=kicker, made=made, version=__version__, **content
     )
-    try:
-        replace_file(out, html.encode())
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+    write_output(out, html)
 
 
 def group_of(runs: Sequence[Run]) -> dict[str, Any]:

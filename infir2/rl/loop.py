@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 
-import torch
-
 from infir2.config import RlConfig
 from infir2.data.prompts import Prompt, PromptOrder
 from infir2.model.transformer import CausalLM
+from infir2.parallel.device import wait_for
 from infir2.rl.advantage import group_advantages
 from infir2.rl.batch import RlBatch, TrainingSample, pack_samples, split_samples, with_logprobs
 from infir2.rl.collect import Collector, Group, Interrupted, Rollout
@@ -134,10 +133,8 @@ class RlLoop:
         return rollout
 
     def _wait_for_device(self) -> None:
-        """A GPU works on after the call that started it: between phases it is waited for, so that each is charged with
-        its own work and not with that of the one before."""
-        if self.model.lm_head.weight.is_cuda:
-            torch.cuda.synchronize()
+        """Between phases, so that each is charged with its own work and not with that of the one before."""
+        wait_for(self.model.lm_head.weight.device)
 
     def _training_batches(self, rollout: Rollout) -> list[list[RlBatch]]:
         """Micro-batches of each optimiser step, with every log-probability that stays fixed over the steps."""

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from infir2.durable import check_output, write_output
 from infir2.errors import ConfigError
 
 PEERS = ("hf", "torchao:tensorwise", "torchao:rowwise", "torchao:rowwise_with_gw_hp")
@@ -70,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     from infir2.launch.environment import environment
 
     choose_size(args, torch.cuda.is_available())
+    if args.json:
+        check_output(args.json, "--json")
     benches = {"step": step.run, "decode": decode.run, "gemm": kernels.gemm, "quantize": kernels.quantize}
     rows = benches[args.what](args, _tell)
     for title, keys in _tables(rows):
@@ -81,8 +84,7 @@ def run(args: argparse.Namespace) -> int:
             table.add_row(*(_text(row.get(key)) for key in keys))
         Console().print(table)
     if args.json:
-        record = {**environment(), "rows": rows}
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_output(args.json, json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
     return 0
 
 

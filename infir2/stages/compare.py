@@ -9,7 +9,6 @@ run folder, or into the folder that --run names.
 
 import argparse
 import json
-import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -18,12 +17,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from infir2.config import CptConfig, Fp8Section, changed, load
+from infir2.durable import check_output, write_output
 from infir2.errors import ConfigError
+from infir2.evaluate.student import student_interval
 
 ACCEPTS_OVERRIDES = True
-
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from infir2.launch.environment import environment
+    from infir2.launch.held_folder import writing
     from infir2.launch.run_folder import exit_code
     from infir2.parallel.runtime import world
     from infir2.report import write_report
@@ -54,6 +53,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.recipe}: train.eval_every is 0, but the held-out loss is what is compared")
     for name in args.precisions:
         variant(config, name, args.seeds[0])  # a mistake in any of them is told before the first run
+    folder = Path(config.run)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if args.json:
+        check_output(args.json, "--json")
     with world(config.parallel.replicate) as here:
         for seed in args.seeds:
             for name in args.precisions:
@@ -62,11 +66,10 @@ def run(args: argparse.Namespace) -> int:
                     return exit_code(stopped, one, here)
         if not here.is_main:
             return 0
-    folder = Path(config.run)
     recipe = config.model_dump(mode="json", exclude={"run"})
     result = {**environment(), "recipe": recipe, **summarise(folder, args.precisions, args.seeds)}
     for path in filter(None, (folder / "compare.json", args.json)):
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_output(path, json.dumps(result, indent=1) + "\n")
     first = [Path(variant(config, name, args.seeds[0]).run) for name in args.precisions]
     write_report(first, folder / "report.html", labels=args.precisions)
     for name in args.precisions[1:]:
@@ -173,25 +176,8 @@ class Difference:
 def paired_difference(baseline: Sequence[float], other: Sequence[float]) -> Difference:
     """Mean of other / baseline - 1 over the pairs, with its 95 % confidence interval (Student's t)."""
     pairs = [b / a - 1.0 for a, b in zip(baseline, other, strict=True)]
-    mean = statistics.fmean(pairs) if pairs else None
-    if mean is None or len(pairs) < 2:
-        return Difference(mean, None, None, pairs)
-    half = t95(len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return Difference(mean, mean - half, mean + half, pairs)
-
-
-def t95(freedom: int) -> float:
-    """Two-sided 95 % quantile of Student's t: from a table, beyond it Abramowitz and Stegun 26.7.5 (error < 1e-6)."""
-    if freedom <= len(_T95):
-        return _T95[freedom - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+    low, high = student_interval(pairs)
+    return Difference(statistics.fmean(pairs) if pairs else None, low, high, pairs)
 
 
 def _seed(text: str) -> int:

@@ -14,13 +14,14 @@ from infir2.launch.recipe_arguments import add_recipe_arguments
 
 if TYPE_CHECKING:
     import signal
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from infir2.data.loader import TokenLoader
     from infir2.data.source import Source
     from infir2.launch.dry_run import Workload
     from infir2.model.config import ModelConfig
     from infir2.parallel.runtime import World
+    from infir2.types import Batch
 
 ACCEPTS_OVERRIDES = True
 
@@ -85,7 +86,7 @@ def architecture_of(config: CptConfig) -> "ModelConfig":
 
 
 def _fitting(config: CptConfig, sources: "Sequence[Source]") -> "ModelConfig":
-    from infir2.launch.training import model_config
+    from infir2.launch.model import model_config
 
     needed = max((source.vocab_size or 0 for source in sources), default=0)
     if not needed and config.model.preset and not config.model.vocab_size:
@@ -121,21 +122,24 @@ def train_cpt(config: CptConfig, world: "World") -> "signal.Signals | None":
 
     from infir2.launch.data_check import verify_shards
     from infir2.launch.run_folder import check_start, keep_tokenizer
-    from infir2.launch.training import StageData, run_training
+    from infir2.launch.stage_data import StageData
+    from infir2.launch.training import run_training
     from infir2.model.attention import causal_attention, document_attention
+    from infir2.train.loop import Feed
 
     check_start(config, world)
     architecture = architecture_of(config)
     loader = open_loader(config, world, architecture)
     tokenizer = choose_tokenizer(config, world)
     dtype = getattr(torch, config.model.dtype)
+
+    def attention_for(batch: "Batch") -> "Callable":
+        return document_attention(batch, dtype) if config.data.document_attention else causal_attention
+
     data = StageData(
         loop=config.train,
-        batches=lambda first, last, offset, _: loader.stream(first - 1, last, offset),
+        feed=lambda used: Feed(lambda first, last, _: loader.stream(first - 1, last, used), attention_for),
         held_out=lambda: loader.validation_batches(config.train.eval_sequences),
-        attention_for=(lambda batch: document_attention(batch, dtype))
-        if config.data.document_attention
-        else (lambda batch: causal_attention),
         fingerprint=loader.fingerprint(),
         check=lambda run: verify_shards(loader.shard_files(), run, world),
         write=lambda run: keep_tokenizer(tokenizer, run),
@@ -150,7 +154,7 @@ def choose_tokenizer(config: CptConfig, world: "World") -> Path | None:
     """
     from infir2.data.tokenizer import has_tokenizer
     from infir2.launch.data_check import check_token_ids
-    from infir2.launch.training import starting_meta, starting_tokenizer
+    from infir2.launch.model import starting_meta, starting_tokenizer
 
     mine = starting_tokenizer(config)
     if config.model.preset is None or starting_meta(config) is not None:  # else random weights, which know no ids yet

@@ -36,9 +36,9 @@ def examine() -> dict[str, Any]:
     import torch
 
     from infir2.kernels.matmul import describe_backend
+    from infir2.parallel.device import default_device
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backend, reason = describe_backend(device)
+    backend, reason = describe_backend(default_device())
     gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
     findings = {
         "versions": {

@@ -17,7 +17,6 @@ has a confidence interval and the p-value of a sign-flip permutation test over p
 """
 
 import argparse
-import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -305,14 +304,10 @@ def _finished(work: _Work, model: _Model, tasks: list[LocalTask]) -> Samples:
 
 def _in_process(work: _Work, model: _Model, tasks: list[LocalTask]) -> Samples:
     """Local tasks with an engine of this process, whose memory is given back for the next model or the server."""
-    import torch
+    from infir2.parallel.device import fresh_memory
 
-    try:
+    with fresh_memory():
         return _local(work, model, tasks, _engine_responder(work.args, model.text, work.console))
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def _local(work: _Work, model: _Model, tasks: list[LocalTask], responder: "Responder") -> Samples:

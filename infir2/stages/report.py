@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from infir2.durable import check_output
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -20,6 +22,8 @@ def run(args: argparse.Namespace) -> int:
     from infir2.report import is_chain, write_chain_report, write_report
 
     out = args.out or args.runs[0] / "report.html"
+    if args.out:
+        check_output(args.out, "--out")
     if len(args.runs) == 1 and is_chain(args.runs[0]):
         write_chain_report(args.runs[0], out)
     else:

@@ -8,6 +8,8 @@ init.checkpoint, stage 2 names stage 1's. --dry-run reads the prompts and shows 
 import argparse
 import signal
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from infir2.launch.recipe_arguments import add_recipe_arguments
 if TYPE_CHECKING:
     from infir2.data.chat import ChatTokenizer
     from infir2.data.prompts import PromptSet
+    from infir2.launch.stage_data import StageData
     from infir2.model.config import ModelConfig
     from infir2.model.transformer import CausalLM
     from infir2.parallel.runtime import World
@@ -86,61 +89,62 @@ def _cache_line(config: RlConfig, architecture: "ModelConfig") -> str:
 
 def train_rl(config: RlConfig, world: "World") -> "signal.Signals | None":
     """Run or resume reinforcement learning. Returns the signal that ended it early, if any."""
-    import torch
-
-    from infir2.data.prompts import order_fingerprint
-    from infir2.launch.run_folder import check_start, keep_tokenizer
-    from infir2.launch.training import StageData, run_training
-    from infir2.model.attention import document_attention
-    from infir2.rl.objective import PolicyObjective
+    from infir2.launch.run_folder import check_start
+    from infir2.launch.training import run_training
 
     check_start(config, world)
     chat, tokenizer, architecture = open_policy(config)
-    scorer = make_scorer(config.reward)
-    data = read_data(config, chat, scorer, show_progress=world.is_main)
-    print("\n".join(_data_lines(config, data)))
-    wiring = Wiring(config, architecture, chat, tokenizer, data, scorer, world)
-    dtype = getattr(torch, config.model.dtype)
-    stage = StageData(
-        loop=config.train.loop(),
-        batches=lambda first, last, _, interrupted: wiring.loop.batches(first, last, interrupted),
-        held_out=list,
-        attention_for=lambda batch: document_attention(batch, dtype),
-        fingerprint=order_fingerprint(data[0], config.train.seed, config.rollout.prompts),
-        order_keys="prompts, labels, tokenizer, chat template, rollout.prompts or seed",
-        continues=False,
-        step_values=lambda step, result: wiring.loop.step_values(step, result),
-        objective=PolicyObjective(config.policy, config.rollout.temperature),
-        together=config.updates,
-        begin=wiring.begin,
-        evaluate=lambda interrupted: wiring.loop.evaluate(wiring.progress.step, interrupted),
-        summary={name: len(prompts) for name, prompts in zip(("prompts", "held_out"), data)},
-        write=lambda run: keep_tokenizer(tokenizer, run, chat.template),
-    )
-    try:
+    with closing(make_scorer(config.reward)) as scorer:
+        data = read_data(config, chat, scorer, show_progress=world.is_main)
+        print("\n".join(_data_lines(config, data)))
+        stage = Wiring(config, architecture, chat, tokenizer, data, scorer, world).stage()
         return run_training(config, world, stage, architecture, Path(config.run) / "tokenizer")
-    finally:
-        scorer.close()
 
 
+@dataclass
 class Wiring:
     """Puts the loop together once the model is there."""
 
-    loop: "RlLoop"
-    progress: "TrainState"
+    config: RlConfig
+    architecture: "ModelConfig"
+    chat: "ChatTokenizer"
+    tokenizer: Path
+    data: "Sequence[PromptSet]"
+    scorer: "Scorer"
+    world: "World"
+    loop: "RlLoop" = field(init=False)
+    progress: "TrainState" = field(init=False)
 
-    def __init__(
-        self,
-        config: RlConfig,
-        architecture: "ModelConfig",
-        chat: "ChatTokenizer",
-        tokenizer: Path,
-        data: "Sequence[PromptSet]",
-        scorer: "Scorer",
-        world: "World",
-    ) -> None:
-        self.config, self.architecture, self.chat, self.tokenizer = config, architecture, chat, tokenizer
-        self.data, self.scorer, self.world = data, scorer, world
+    def stage(self) -> "StageData":
+        """What training gets from here; engine and loop are made when it begins."""
+        import torch
+
+        from infir2.data.prompts import order_fingerprint
+        from infir2.launch.run_folder import keep_tokenizer
+        from infir2.launch.stage_data import StageData
+        from infir2.model.attention import document_attention
+        from infir2.rl.objective import PolicyObjective
+        from infir2.train.loop import Feed
+
+        config, dtype = self.config, getattr(torch, self.config.model.dtype)
+        feed = Feed(
+            batches=lambda first, last, interrupted: self.loop.batches(first, last, interrupted),
+            attention_for=lambda batch: document_attention(batch, dtype),
+            objective=PolicyObjective(config.policy, config.rollout.temperature),
+            step_values=lambda step, result: self.loop.step_values(step, result),
+            together=config.updates,
+        )
+        return StageData(
+            loop=config.train.loop(),
+            feed=lambda used: feed,
+            fingerprint=order_fingerprint(self.data[0], config.train.seed, config.rollout.prompts),
+            order_keys="prompts, labels, tokenizer, chat template, rollout.prompts or seed",
+            continues=False,
+            begin=self.begin,
+            evaluate=lambda interrupted: self.loop.evaluate(self.progress.step, interrupted),
+            summary={name: len(prompts) for name, prompts in zip(("prompts", "held_out"), self.data)},
+            write=lambda run: keep_tokenizer(self.tokenizer, run, self.chat.template),
+        )
 
     def begin(self, model: "CausalLM", progress: "TrainState", metrics: "MetricsWriter") -> None:
         """Make engine, collector and loop; evaluate before the first step of a run, or what a signal cut short."""
@@ -268,6 +272,7 @@ def reference_model(
 
     Raises CheckpointError where the weights that the run has referred to so far are gone, changed or unknown.
     """
+    from infir2.launch.model import start_model
     from infir2.rl.reference import FILE, Reference, read_reference, write_reference
     from infir2.rollout.checksum import weights_checksum
 
@@ -280,6 +285,8 @@ def reference_model(
             f"{run / FILE}: does not say which weights the KL term has referred to so far; to take those of {named} as "
             "they are now, resume with --train.accept_changes true"
         )
+    if known is not None and known.path is not None and not Path(known.path).is_dir():
+        raise CheckpointError(f"{known.path}: the weights that the KL term of {run} refers to are gone. {_CURE}")
     reference, path = start_model(config, architecture, world, known.path if known else None)
     found = weights_checksum(reference, codes=False)
     if known is not None and found != known.checksum:
@@ -299,31 +306,6 @@ def _start_named(config: RlConfig) -> str:
     if config.model.path is not None:
         return f"model.path = {config.model.path}"
     return f"model.preset = {config.model.preset}"
-
-
-def start_model(
-    config: RlConfig, architecture: "ModelConfig", world: "World", path: str | None = None
-) -> "tuple[CausalLM, str | None]":
-    """The model that training starts from, frozen, and the folder that its weights lie in: ``path``, else the one that
-    the recipe means now. Raises CheckpointError where that folder is not there."""
-    from infir2.checkpoint.state import model_state
-    from infir2.checkpoint.store import CheckpointStore
-    from infir2.fp8.convert import refresh_weights
-    from infir2.launch.training import build_model
-
-    if path is not None and not Path(path).is_dir():
-        raise CheckpointError(f"{path}: the weights that the KL term of {config.run} refers to are gone. {_CURE}")
-    if config.init.checkpoint is None and config.model.path is not None:
-        path = path or str(Path(config.model.path).resolve())
-        config = config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
-    model, _ = build_model(config, architecture, world)
-    if config.init.checkpoint is not None:
-        store = CheckpointStore(Path(config.run) / "checkpoints")
-        source = store.find(path or config.init.checkpoint)
-        store.load(source, {"model": model_state(model)}, ("optim",))
-        path = str(source.resolve())
-    refresh_weights(model)
-    return model.requires_grad_(False), path
 
 
 def _data_lines(config: RlConfig, data: "Sequence[PromptSet]") -> list[str]:

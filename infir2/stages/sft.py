@@ -69,8 +69,10 @@ def train_sft(config: SftConfig, world: "World") -> "signal.Signals | None":
     from infir2.launch.chat_model import open_model
     from infir2.launch.run_folder import check_start, keep_tokenizer
     from infir2.launch.sft_rows import tokenize_once
-    from infir2.launch.training import StageData, run_training
+    from infir2.launch.stage_data import StageData
+    from infir2.launch.training import run_training
     from infir2.model.attention import document_attention
+    from infir2.train.loop import Feed
 
     check_start(config, world)
     chat, tokenizer, architecture = open_model(config)
@@ -79,15 +81,18 @@ def train_sft(config: SftConfig, world: "World") -> "signal.Signals | None":
     if world.is_main:
         print("\n".join(_data_lines(rows, loader)))
     dtype = getattr(torch, config.model.dtype)
+    feed = Feed(
+        batches=lambda first, last, _: loader.stream(first, last),
+        attention_for=lambda batch: document_attention(batch, dtype),
+        step_values=lambda step, _: loader.values(step),
+    )
     data = StageData(
         loop=config.train.with_steps(loader.steps),
-        batches=lambda first, last, offset, _: loader.stream(first, last),
+        feed=lambda used: feed,
         held_out=lambda: loader.held_out(rows.validation, config.train.eval_sequences),
-        attention_for=lambda batch: document_attention(batch, dtype),
         fingerprint=loader.fingerprint(rows.sha256),
         order_keys="rows, tokenizer, chat template, max_length, held-out rows or seed",
         continues=False,
-        step_values=lambda step, _: loader.values(step),
         summary=_data_event(rows, loader),
         write=lambda run: keep_tokenizer(tokenizer, run, chat.template),
     )

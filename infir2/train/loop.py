@@ -1,6 +1,6 @@
 """The trainer loop: batches -> step -> metrics -> evaluation -> checkpoint, for every stage that trains.
 
-It knows no stage, no data format and no checkpoint format: the batches come from an iterator, evaluation and saving
+It knows no stage, no data format and no checkpoint format: the batches are fed by an iterator, evaluation and saving
 are callbacks. The only state it owns is ``TrainState``.
 """
 
@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +48,12 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class Callbacks:
-    """What the loop asks of the stage that runs it."""
+class Feed:
+    """What a stage trains on, and how."""
 
     batches: Callable[[int, int, Callable[[], object]], Iterator[Sequence[Batch]]]
     """(first step, last step, interrupted) -> this rank's micro-batches of each step, steps counted from 1, last
     included. Who takes long to make them may ask ``interrupted()``, and end on a true answer."""
-    learning_rate: Callable[[int], float]
-    """Step (1-based) -> learning rate."""
-    evaluate: Callable[[Callable[[], object]], Mapping[str, float]]
-    """Held-out results now. Who takes long may ask the function that is given, and return nothing on a true answer."""
-    save: Callable[[TrainState], None]
-    """Save a checkpoint of everything."""
-    poll: Callable[[], None]
-    """Raise if a save in the background failed."""
-    finish: Callable[[], None]
-    """Return when every save is on disk; raise if one failed."""
     attention_for: AttentionFor
     objective: Objective = cross_entropy
     step_values: Callable[[int, StepResult], Mapping[str, float]] = lambda step, result: {}
@@ -75,52 +65,72 @@ class Callbacks:
     multiple of them is done."""
 
 
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long the loop runs, by which schedule, and what it tells of itself."""
+
+    train: TrainSection
+    learning_rate: Callable[[int], float]
+    """Step (1-based) -> learning rate."""
+    clip: float
+    """Largest gradient norm; 0 = any."""
+    flops_per_token: Callable[[float], float]
+    """Mean number of positions that a token attends to -> model FLOPs."""
+    log: LogSection = field(default_factory=LogSection)
+    health_every: int = 0
+    """Steps between two looks at FP8 health (0 = none)."""
+    trace_folder: Path | None = None
+    """Where traces of the profiler go."""
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What the loop asks of others: results on held-out data, and checkpoints. As it stands it gives and keeps none."""
+
+    evaluate: Callable[[Callable[[], object]], Mapping[str, float]] = lambda interrupted: {}
+    """Held-out results now. Who takes long may ask the function that is given, and return nothing on a true answer."""
+    save: Callable[[TrainState], None] = lambda progress: None
+    """Save a checkpoint of everything."""
+    poll: Callable[[], None] = lambda: None
+    """Raise if a save in the background failed."""
+    finish: Callable[[], None] = lambda: None
+    """Return when every save is on disk; raise if one failed."""
+
+
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     progress: TrainState,
-    config: TrainSection,
+    feed: Feed,
+    settings: LoopSettings,
+    callbacks: Callbacks,
     world: World,
     metrics: MetricsWriter,
-    callbacks: Callbacks,
-    *,
-    clip: float,
-    flops_per_token: Callable[[float], float],
-    log: LogSection,
-    health_every: int = 0,
-    trace_folder: Path | None = None,
     graphs: Graphs | None = None,
 ) -> signal.Signals | None:
-    """Train from ``progress.step`` to ``config.steps``. Returns the signal that ended it early, else None.
+    """Train from ``progress.step`` to the last step. Returns the signal that ended it early, else None.
 
-    SIGTERM and SIGINT are obeyed between two micro-batches (but see ``Callbacks.together``): the step that was begun is
-    dropped, the last finished one is saved and the call returns. ``flops_per_token`` maps the mean number of positions
-    that a token attends to, to model FLOPs. Raises TrainingStopped after ``config.max_skipped_steps`` skipped steps in
-    a row or where every step was skipped, and on all ranks what a background save or the metrics of one of them raise.
+    SIGTERM and SIGINT are obeyed between two micro-batches (but see ``Feed.together``): the step that was begun is
+    dropped, the last finished one is saved and the call returns. Raises TrainingStopped after ``max_skipped_steps``
+    skipped steps in a row or where every step was skipped, and on all ranks what a background save or the metrics of
+    one of them raise.
     """
-    meter, saved = _Meter(world, flops_per_token), progress.step
+    config, log = settings.train, settings.log
+    meter, saved = _Meter(world, settings.flops_per_token), progress.step
     more: dict[str, float] = {}
     with (
         Interrupt(world, callbacks.poll, callbacks.finish) as interrupt,
-        _profiler(log.profile_steps, trace_folder, progress.step, world.rank) as profiler,
+        _profiler(log.profile_steps, settings.trace_folder, progress.step, world.rank) as profiler,
         collecting_between_steps() as collect,
     ):
-        for batches in callbacks.batches(progress.step + 1, config.steps, interrupt.check):
+        for batches in feed.batches(progress.step + 1, config.steps, interrupt.check):
             step = progress.step + 1
-            lr = callbacks.learning_rate(step)
+            lr = settings.learning_rate(step)
             set_learning_rate(optimizer, lr)
-            measured = health_every > 0 and (step == 1 or step % health_every == 0)
-            health = _fp8_health(model, batches[0], world, callbacks, graphs) if measured else {}
+            health = _fp8_health(model, batches[0], world, feed, graphs) if _looks_at_health(settings, step) else {}
+            interrupted = interrupt.check if progress.step % feed.together == 0 else lambda: None
             result = train_step(
-                model,
-                optimizer,
-                batches,
-                world,
-                callbacks.attention_for,
-                clip,
-                interrupted=interrupt.check if progress.step % callbacks.together == 0 else lambda: None,
-                objective=callbacks.objective,
-                graphs=graphs,
+                model, optimizer, batches, world, feed.attention_for, settings.clip, interrupted, feed.objective, graphs
             )
             if result is None:
                 break
@@ -131,7 +141,7 @@ def train(
             with interrupt.deferring():
                 if health:
                     metrics.health(step, health)
-                more |= callbacks.step_values(step, result)
+                more |= feed.step_values(step, result)
                 if step % log.every == 0 or result.skipped or last:
                     metrics.log(step, meter.read(progress, result, lr, more))
                     more = {}
@@ -139,11 +149,7 @@ def train(
                     metrics.event(step, "skip", loss=result.loss, grad_norm=result.grad_norm)
             _check_skips(progress, result, config.max_skipped_steps, last)
             if config.eval_every and (step % config.eval_every == 0 or last):
-                # Behind the last step nothing would make up for an evaluation that was given up.
-                held_out = callbacks.evaluate((lambda: None) if last else interrupt.check)
-                with interrupt.deferring():
-                    if held_out:
-                        metrics.log(step, held_out, kind="eval")
+                _evaluate(callbacks, step, last, interrupt, metrics)
             if last or (config.save_every and step % config.save_every == 0):
                 callbacks.save(progress)
                 saved = step
@@ -160,11 +166,23 @@ def train(
     return stopped
 
 
+def _looks_at_health(settings: LoopSettings, step: int) -> bool:
+    return settings.health_every > 0 and (step == 1 or step % settings.health_every == 0)
+
+
 def _advance(progress: TrainState, result: StepResult) -> None:
     progress.step += 1
     progress.tokens += result.valid_tokens
     progress.skipped += result.skipped
     progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
+
+
+def _evaluate(callbacks: Callbacks, step: int, last: bool, interrupt: Interrupt, metrics: MetricsWriter) -> None:
+    # Behind the last step nothing would make up for an evaluation that was given up.
+    held_out = callbacks.evaluate((lambda: None) if last else interrupt.check)
+    with interrupt.deferring():
+        if held_out:
+            metrics.log(step, held_out, kind="eval")
 
 
 def _check_skips(progress: TrainState, result: StepResult, limit: int, last: bool) -> None:
@@ -217,7 +235,7 @@ class _Meter:
 
 
 def _fp8_health(
-    model: nn.Module, batch: Batch, world: World, callbacks: Callbacks, graphs: Graphs | None
+    model: nn.Module, batch: Batch, world: World, feed: Feed, graphs: Graphs | None
 ) -> dict[str, dict[str, float]]:
     """FP8 health of every layer on the beginning of one micro-batch of this rank.
 
@@ -228,9 +246,8 @@ def _fp8_health(
     if graphs is not None:
         graphs.attach_zeros()
     with torch.compiler.set_stance("force_eager"), measure(model) as health:
-        trial_pass(
-            model, beginning if beginning.valid_tokens else batch, world, callbacks.attention_for, callbacks.objective
-        )
+        looked_at = beginning if beginning.valid_tokens else batch
+        trial_pass(model, looked_at, world, feed.attention_for, feed.objective)
     return health.layers()
 
 

@@ -1,4 +1,4 @@
-"""What both ranks of test_sft_torchrun.py run: rank 0 tokenises for longer than torch waits by itself, the other waits."""
+"""What both ranks of test_sft_torchrun.py run: rank 0 tokenises for longer than torch waits by itself."""
 
 import sys
 import time

@@ -23,7 +23,7 @@ from infir2.checkpoint.store import CheckpointStore
 from infir2.config import CptConfig, load
 from infir2.fp8.convert import refresh_weights
 from infir2.fp8.linear import Fp8Linear
-from infir2.launch.training import build_model
+from infir2.launch.model import build_model
 from infir2.parallel.runtime import World
 from infir2.stages.cpt import architecture_of
 

@@ -24,7 +24,8 @@ def test_a_step_of_each_precision_and_of_a_peer(tmp_path: Path, capsys: pytest.C
     words = ["--batch", "1", "--length", "64", "--layers", "1", "--no-compile", "--optimizer", "--peers", "hf"]
     found = rows(tmp_path, "step", *words, "--precisions", "bf16", "hybrid/recompute")
     assert [row["what"] for row in found] == ["infir2 bf16", "infir2 hybrid/recompute", "hf"]
-    assert all(row["step ms"] > row["inference ms"] > 0 and row["with AdamW ms"] > 0 for row in found)
+    # One repetition on a busy machine says nothing of which takes longer.
+    assert all(row[name] > 0 for row in found for name in ("inference ms", "forward ms", "step ms", "with AdamW ms"))
     assert found[1]["speed-up"] == pytest.approx(found[0]["step ms"] / found[1]["step ms"])
     shown = capsys.readouterr()
     assert "hybrid/recompute" in shown.out
@@ -43,11 +44,13 @@ def test_kernels(tmp_path: Path, what: str) -> None:
     assert len(rows(tmp_path, what, "--batch", "1", "--length", "128")) > 4
 
 
-def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "decode", "--precisions", "hybrid/fp16"]) == 2
     assert "argument --precisions: invalid choice: 'hybrid/fp16'" in capsys.readouterr().err
     assert main(["bench", "decode", "--precisions", "hybrid/bf16", *SMALL]) == 2
     assert "give hybrid" in capsys.readouterr().err
+    assert main(["bench", "gemm", *SMALL, "--json", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"infir2: error: --json {tmp_path}: is a folder; name a file"
 
 
 def test_the_size_follows_the_machine(capsys: pytest.CaptureFixture[str]) -> None:

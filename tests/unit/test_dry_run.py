@@ -13,7 +13,7 @@ from infir2 import cli
 from infir2.config import CptConfig
 from infir2.launch.dry_run import GIB, Memory, estimate_memory
 from infir2.launch.kept_activations import kept_by_layers
-from infir2.launch.training import convert_as
+from infir2.launch.model import convert_as
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
 

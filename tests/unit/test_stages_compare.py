@@ -10,7 +10,7 @@ import pytest
 
 from infir2 import cli
 from infir2.config import CptConfig
-from infir2.stages.compare import Difference, own_folder, paired_difference, summarise, t95, variant
+from infir2.stages.compare import Difference, own_folder, paired_difference, summarise, variant
 
 
 def test_paired_difference_by_hand() -> None:
@@ -24,15 +24,6 @@ def test_paired_difference_by_hand() -> None:
 
 def test_no_pair_gives_no_difference() -> None:
     assert paired_difference([], []) == Difference(None, None, None, [])
-
-
-@pytest.mark.parametrize(
-    ("freedom", "quantile"),
-    [(1, 12.706), (15, 2.131), (16, 2.119905), (20, 2.085963), (30, 2.042272), (120, 1.979930), (10**6, 1.959966)],
-)
-def test_quantiles_of_t(freedom: int, quantile: float) -> None:
-    """Values of published tables."""
-    assert t95(freedom) == pytest.approx(quantile, abs=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +53,17 @@ def test_mistakes_are_told(
     assert not run.with_name("run-compare").exists()
 
 
+def test_a_result_file_that_cannot_be_written_is_told_before_the_first_run(
+    recipe: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, run = recipe()
+    for name, why in ((tmp_path, "is a folder"), (tmp_path / "none" / "r.json", f"there is no folder {tmp_path}/none")):
+        assert cli.main(["compare", str(path), "--seeds", "1", "--json", str(name)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"infir2: error: --json {name}: {why}")
+    assert list(run.with_name("run-compare").iterdir()) == []
+
+
 def test_a_comparison_has_a_folder_of_its_own(
     recipe: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,12 +71,15 @@ def test_a_comparison_has_a_folder_of_its_own(
     settings = {"train.steps": 2, "train.eval_every": 2, "train.save_every": 2}
     path, run = recipe(**settings, **{"optim.warmup_steps": 0, "optim.decay_steps": 0})
     words = ["compare", str(path), "--precisions", "bf16", "bf16+optim.lr=1e-3", "--seeds", "1"]
+    words += ["--json", str(run.with_name("run-compare") / "copy.json")]
     run.mkdir()
     (run / "metrics.jsonl").touch()
     assert cli.main(words) == 0
     assert [file.name for file in run.iterdir()] == ["metrics.jsonl"]
-    made = {"bf16-seed1", "bf16+optim.lr=1e-3-seed1", "compare.json", "report.html"}
+    made = {"bf16-seed1", "bf16+optim.lr=1e-3-seed1", "compare.json", "copy.json", "report.html"}
     assert {file.name for file in run.with_name("run-compare").iterdir()} == made
+    result = run.with_name("run-compare") / "compare.json"
+    assert result.read_text() == result.with_name("copy.json").read_text()
     capsys.readouterr()
     assert cli.main([*words, "--run", str(run)]) == 2
     assert "holds a training run; give a comparison a folder of its own" in capsys.readouterr().err

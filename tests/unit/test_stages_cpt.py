@@ -24,8 +24,8 @@ from infir2.config import CptConfig, load
 from infir2.data.loader import TokenLoader
 from infir2.errors import CheckpointError, UserError
 from infir2.launch.held_folder import wait_until_free
+from infir2.launch.model import build_model
 from infir2.launch.run_folder import locked
-from infir2.launch.training import build_model
 from infir2.model.attention import document_attention
 from infir2.stages.cpt import architecture_of
 from infir2.train.optimizer import build_optimizer, set_learning_rate

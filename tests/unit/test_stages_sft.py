@@ -19,7 +19,7 @@ from infir2.config import SftConfig, load
 from infir2.data import tokenizer as tok
 from infir2.data.sft import SftLoader
 from infir2.launch.chat_model import open_model
-from infir2.launch.training import build_model
+from infir2.launch.model import build_model
 from infir2.parallel.runtime import World
 
 Recipe = Callable[..., tuple[Path, Path]]

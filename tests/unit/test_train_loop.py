@@ -19,7 +19,7 @@ from infir2.data.packing import pack
 from infir2.errors import TrainingStopped, UserError
 from infir2.model.transformer import CausalLM
 from infir2.train import step as step_module
-from infir2.train.loop import Callbacks, TrainState, train
+from infir2.train.loop import Callbacks, Feed, LoopSettings, TrainState, train
 from infir2.train.metrics import MetricsWriter, read_metrics
 from infir2.train.peak import peak_tflops
 from infir2.train.step import evaluate
@@ -47,20 +47,15 @@ class Run:
                 self.at_step(n, self.model)
                 yield batches(n)
 
+        feed = Feed(lambda first, last, _: made(first, last), attention_for)
+        settings = LoopSettings(self.config, lambda step: 1e-3 / step, 1.0, float, health_every=health_every)
         callbacks = Callbacks(
-            batches=lambda first, last, _: made(first, last),
-            learning_rate=lambda step: 1e-3 / step,
             evaluate=lambda _: {"eval_loss": evaluate(self.model, batches(99), WORLD, attention_for)},
             save=lambda progress: self.saved.append(progress.to_json()),
-            poll=lambda: None,
             finish=lambda: self.finished.append(signal.getsignal(signal.SIGTERM)),
-            attention_for=attention_for,
         )
         with MetricsWriter(self.folder, self.config.steps, tensorboard=False, live=False) as metrics:
-            return train(
-                self.model, self.optimizer, self.progress, self.config, WORLD, metrics, callbacks,
-                clip=1.0, flops_per_token=float, log=LogSection(), health_every=health_every,
-            )  # fmt: skip
+            return train(self.model, self.optimizer, self.progress, feed, settings, callbacks, WORLD, metrics)
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
         return [line for line in read_metrics(self.folder / "metrics.jsonl") if line["kind"] == kind]
@@ -258,19 +253,11 @@ def test_health_does_not_change_training(tmp_path: Path) -> None:
 def test_a_trace_is_written(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with MetricsWriter(tmp_path, 6, tensorboard=False, live=False) as metrics:
-        callbacks = Callbacks(
-            batches=lambda first, last, _: (batches(n) for n in range(first, last + 1)),
-            learning_rate=lambda step: 1e-3,
-            evaluate=lambda _: {"eval_loss": 0.0},
-            save=lambda progress: None,
-            poll=lambda: None,
-            finish=lambda: None,
-            attention_for=attention_for,
+        feed = Feed(lambda first, last, _: (batches(n) for n in range(first, last + 1)), attention_for)
+        settings = LoopSettings(
+            run.config, lambda step: 1e-3, 1.0, float, LogSection(profile_steps=1), trace_folder=tmp_path / "profile"
         )
-        train(
-            run.model, run.optimizer, run.progress, run.config, WORLD, metrics, callbacks, clip=1.0,
-            flops_per_token=float, log=LogSection(profile_steps=1), trace_folder=tmp_path / "profile",
-        )  # fmt: skip
+        train(run.model, run.optimizer, run.progress, feed, settings, Callbacks(), WORLD, metrics)
     (trace,) = (tmp_path / "profile").iterdir()
     assert trace.name == "trace-from-step-000004-rank-0.json"
     assert "infir2::scaled_mm" in trace.read_text()
