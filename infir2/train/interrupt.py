@@ -10,11 +10,12 @@ import torch
 from infir2.errors import TrainingStopped, UserError
 from infir2.parallel.runtime import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupt:
-    """While entered, SIGTERM and SIGINT are noted for the next ``check``; a second SIGINT interrupts at once.
+    """While entered, SIGTERM, SIGINT and SIGHUP (the terminal has gone; unless nohup has it ignored) are noted for the
+    next ``check``; a second SIGINT interrupts at once.
 
     ``poll`` raises UserError where this process's background save has failed; ``finish`` waits for it first.
     """
@@ -51,6 +52,8 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             try:
                 self._before[number] = signal.signal(number, self._handle)
             except ValueError:  # not the main thread: whoever runs this one handles signals

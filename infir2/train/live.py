@@ -1,10 +1,14 @@
-"""The progress of a run for the person watching: two updating lines on a terminal, now and then a line elsewhere."""
+"""The progress of a run for the person watching: two updating lines on a terminal, now and then a line elsewhere.
+
+Whoever watched may go, with the terminal or the other end of a pipe. Training goes on; metrics.jsonl has it all.
+"""
 
 import atexit
+import os
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
@@ -17,6 +21,13 @@ REFRESH_SECONDS = 0.1
 PLAIN_SECONDS = (10.0, 60.0)  # between two plain lines: in the first ten minutes, and after them
 
 
+class _Terminal(Console):
+    """rich ends the program where a pipe was closed."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError that is being handled
+
+
 class LiveLine:
     """``update`` after each logged step; ``message`` prints a line that stays; ``close`` leaves the terminal tidy."""
 
@@ -25,7 +36,7 @@ class LiveLine:
     ) -> None:
         self.total, self.step, self.name = total_steps, first_step, name
         self.values: dict[str, float] = {}
-        self._console = console or Console(file=sys.stdout, highlight=False)
+        self._console = console or _Terminal(file=sys.stdout, highlight=False)
         self._started = self._shown_at = time.monotonic()
         self._shown_step = -1
         self._told_at = self._started
@@ -34,7 +45,7 @@ class LiveLine:
         self._live: Live | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(console=self._console, auto_refresh=False)
-            self._live.start()
+            self._show(self._live.start)
             atexit.register(self.close)  # an exception that nobody catches must not leave the cursor hidden
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
@@ -46,7 +57,7 @@ class LiveLine:
         if self._live:
             if now - self._shown_at >= REFRESH_SECONDS or step >= self.total:
                 self._shown_at = now
-                self._live.update(self._panel(), refresh=True)
+                self._draw()
         elif self._plain_due(now):
             self._shown_at, self._shown_step = now, step
             self._print(self._plain())
@@ -61,7 +72,7 @@ class LiveLine:
         now = time.monotonic()
         if self._live and now - self._shown_at >= REFRESH_SECONDS:
             self._shown_at = now
-            self._live.update(self._panel(), refresh=True)
+            self._draw()
         elif not self._live and now - max(self._shown_at, self._told_at) >= PLAIN_SECONDS[0]:
             self._told_at = now
             self._print(f"step {self.step + 1}/{self.total}: {text}")
@@ -72,11 +83,11 @@ class LiveLine:
 
     def close(self) -> None:
         """Draw the last state and give the terminal back."""
+        self._draw()
         if self._live:
-            self._live.update(self._panel(), refresh=True)
-            self._live.stop()
-            self._live = None
-            atexit.unregister(self.close)
+            self._show(self._live.stop)
+        self._live = None
+        atexit.unregister(self.close)
 
     def eta_seconds(self) -> float | None:
         """Seconds to the last step at the pace of the last 50 updates, pauses for evaluation included."""
@@ -88,9 +99,23 @@ class LiveLine:
         enough_steps = self.step - self._shown_step >= max(1, self.total // 100)
         return self._shown_step < 0 or enough_steps or now - self._shown_at >= pause or self.step >= self.total
 
+    def _draw(self) -> None:
+        if live := self._live:
+            self._show(lambda: live.update(self._panel(), refresh=True))
+
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-        self._console.file.flush()
+        def show() -> None:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.file.flush()
+
+        self._show(show)
+
+    def _show(self, how: Callable[[], object]) -> None:
+        try:
+            how()
+        except OSError:
+            self._live, self._console.quiet = None, True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what others still print
 
     def _plain(self) -> str:
         eta = self.eta_seconds()

@@ -110,8 +110,8 @@ def train(
 ) -> signal.Signals | None:
     """Train from ``progress.step`` to the last step. Returns the signal that ended it early, else None.
 
-    SIGTERM and SIGINT are obeyed between two micro-batches (but see ``Feed.together``): the step that was begun is
-    dropped, the last finished one is saved and the call returns. Raises TrainingStopped after ``max_skipped_steps``
+    SIGTERM, SIGINT and SIGHUP are obeyed between two micro-batches (but see ``Feed.together``): the step that was begun
+    is dropped, the last finished one is saved and the call returns. Raises TrainingStopped after ``max_skipped_steps``
     skipped steps in a row or where every step was skipped, and on all ranks what a background save or the metrics of
     one of them raise.
     """

@@ -113,7 +113,16 @@ def test_too_many_skips_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pytes
     assert [event["event"] for event in run.lines("event")] == ["skip"] * 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nohup_is_respected(tmp_path: Path) -> None:
+    run = Run(tmp_path, lambda n, model: os.kill(os.getpid(), signal.SIGHUP) if n == 3 else None)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run.go() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: signal.Signals) -> None:
     run = Run(tmp_path, lambda n, model: os.kill(os.getpid(), number) if n == 3 else None)
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
