@@ -5,6 +5,7 @@ init.checkpoint. --dry-run reads and tokenises the data and shows what would be 
 """
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def train_sft(config: SftConfig, world: "World") -> "signal.Signals | None":
     import torch
 
     from infir2.launch.chat_model import open_model
-    from infir2.launch.run_folder import check_start, keep_tokenizer
+    from infir2.launch.run_folder import check_start, keep_tokenizer, locked
     from infir2.launch.sft_rows import tokenize_once
     from infir2.launch.stage_data import StageData
     from infir2.launch.training import run_training
@@ -76,7 +77,9 @@ def train_sft(config: SftConfig, world: "World") -> "signal.Signals | None":
 
     check_start(config, world)
     chat, tokenizer, architecture = open_model(config)
-    rows = tokenize_once(config, chat)
+    run = Path(config.run)
+    with locked(run, world) if run.exists() else nullcontext():  # a run that is going on keeps its rows
+        rows = tokenize_once(config, chat)
     loader = open_loader(config, rows, world)
     if world.is_main:
         print("\n".join(_data_lines(rows, loader)))
@@ -96,7 +99,7 @@ def train_sft(config: SftConfig, world: "World") -> "signal.Signals | None":
         summary=_data_event(rows, loader),
         write=lambda run: keep_tokenizer(tokenizer, run, chat.template),
     )
-    return run_training(config, world, data, architecture, Path(config.run) / "tokenizer")
+    return run_training(config, world, data, architecture, run / "tokenizer")
 
 
 def open_loader(config: SftConfig, data: "SftRows", world: "World") -> "SftLoader":

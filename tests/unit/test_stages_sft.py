@@ -19,6 +19,7 @@ from infir2.config import SftConfig, load
 from infir2.data import tokenizer as tok
 from infir2.data.sft import SftLoader
 from infir2.launch.chat_model import open_model
+from infir2.launch.held_folder import held
 from infir2.launch.model import build_model
 from infir2.parallel.runtime import World
 
@@ -202,6 +203,15 @@ def jinja(folder: Path) -> Path:
         tok.CHAT_TEMPLATE.replace("user", "User").replace("<|im_start|>' + message.role", "' + message.role")
     )
     return path
+
+
+def test_a_run_that_is_going_on_keeps_its_rows(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    path, run = recipe(**{"train.epochs": 1})
+    assert sft(path) == 0
+    kept = {file.name: file.read_bytes() for file in (run / "rows").iterdir()}
+    with held(run, "another process trains here", "wait"):
+        assert "another process is training into this run folder" in error_of(capsys, path, "--data.max_length", "64")
+    assert {file.name: file.read_bytes() for file in (run / "rows").iterdir()} == kept
 
 
 def test_stage_2_from_stage_1(recipe: Recipe, chat_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
