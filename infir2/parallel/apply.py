@@ -1,5 +1,6 @@
 """Spread a single-device model over the world, from outside and in one order: compile, checkpointing, FSDP2."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -57,6 +58,8 @@ def parallelize(
             setattr(layer, name, run)
     if world.mesh is None:
         return
+    # A fused MLP's output is a view; nothing here adds to it in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
