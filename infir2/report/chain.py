@@ -78,8 +78,17 @@ def _stage(folder: Path, name: str, facts: dict[str, Any], runs: dict[str, Run])
         "command": facts.get("command", ""),
         "seconds": seconds,
         "time": duration(seconds) if seconds else "not finished",
-        "result": _run_result(runs[name]) if name in runs else _file_result(folder / name),
+        "result": _run_result(runs[name]) if name in runs else _file_result(_place(folder, name, facts)),
     }
+
+
+def _place(folder: Path, name: str, facts: dict[str, Any]) -> Path:
+    """What a stage writes: its own place, or the file that examples are asked for, perhaps in another's folder."""
+    words = shlex.split(str(facts.get("command", "")))
+    parts = Path(words[2]).parts if _word(facts) == "examples" and len(words) > 2 else ()
+    if folder.name not in parts:
+        return folder / name
+    return folder.joinpath(*parts[len(parts) - parts[::-1].index(folder.name) :])
 
 
 def _run_result(run: Run) -> str:

@@ -11,6 +11,8 @@ from infir2.evaluate.score import Sample, paired, summarise
 
 COMMANDS = {
     "corpus": "infir2 prepare docs --out chain/corpus",
+    "easy": "infir2 examples elsewhere/chain/mixed/easy.jsonl --stage 1",
+    "harder": "infir2 examples elsewhere/chain/mixed/harder.jsonl --stage 2",
     "bf16": "infir2 cpt r.toml --run chain/bf16 --fp8.recipe bf16",
     "fp8": "infir2 cpt r.toml --run chain/fp8",
     "sft": "infir2 sft r.toml --run chain/sft",
@@ -35,6 +37,9 @@ def chain(tmp_path: Path) -> Path:
         synthetic_run(folder / name, recipe="bf16" if name == "bf16" else "blockwise", steps=40)
     (folder / "corpus").mkdir()
     (folder / "corpus/tokens.bin").write_bytes(b"x" * 2_500_000)
+    (folder / "mixed").mkdir()
+    (folder / "mixed/easy.jsonl").write_bytes(b"x" * 4_200)
+    (folder / "mixed/harder.jsonl").write_bytes(b"x" * 7_100)
     answers = {"fp8": samples({0, 1, 2, 3}), "sft": samples({0})}
     for name, rows in answers.items():
         path = folder / "eval" / name / "held_out_1.jsonl"
@@ -62,6 +67,8 @@ def test_the_page_tells_the_whole_chain(chain: Path) -> None:
     text = " ".join(page.text.split())
     assert all(command in text for command in COMMANDS.values())
     assert "2.5 MB" in text
+    assert "easyQuestions with worked solutions4.2 kB" in text
+    assert "harderQuestions with worked solutions7.1 kB" in text
     assert "not finished" in text
     assert "held-out loss" in text
     assert "Pre-training" in text
