@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,10 @@ def test_metrics_of_a_run_whose_checkpoints_were_deleted_are_kept(recipe: Recipe
     assert [line["step"] for line in metrics_lines(run)] == [1, 2, 3]
 
 
-def test_the_checkpoint_event_comes_after_the_checkpoint(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("slow", [0.0, 2.0], ids=["done before the next save", "still writing at the next save"])
+def test_the_checkpoint_event_comes_after_the_checkpoint(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, slow: float
+) -> None:
     """A background save that fails is never told as a checkpoint; one that is told is on disk."""
     path, run = recipe(**{"train.steps": 6, "train.save_every": 2, "optim.schedule": "constant"})
     true = CheckpointStore._write
@@ -251,6 +255,7 @@ def test_the_checkpoint_event_comes_after_the_checkpoint(recipe: Recipe, monkeyp
         if step == 4:
             raise CheckpointError("no room")
         true(self, step, *args)
+        time.sleep(slow)
 
     monkeypatch.setattr(CheckpointStore, "_write", broken)
     assert cpt(path) == 2
