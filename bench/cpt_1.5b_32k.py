@@ -17,13 +17,12 @@ import time
 from pathlib import Path
 
 import torch
-from record import RECIPES, Record, override_words
+from record import RECIPES, Record, override_words, train_lines
 
 from infir2.model.attention import causal_attention
 from infir2.model.config import from_hf
 from infir2.model.transformer import CausalLM
 from infir2.stages.convert import convert_model
-from infir2.train.metrics import read_metrics
 
 STEPS, SAVE_EVERY, KILL_AFTER = 10, 4, 6
 
@@ -99,11 +98,6 @@ def train_until_killed(command: list[str], run: Path) -> list[dict]:
     if process.returncode != -signal.SIGKILL:
         raise SystemExit(f"the first process ended by itself with {process.returncode}")
     return train_lines(run)
-
-
-def train_lines(run: Path) -> list[dict]:
-    path = run / "metrics.jsonl"
-    return [line for line in read_metrics(path) if line["kind"] == "train"] if path.exists() else []
 
 
 @torch.no_grad()

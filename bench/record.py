@@ -12,6 +12,7 @@ from infir2.config import TrainingConfig, load
 from infir2.durable import check_output, write_output
 from infir2.errors import UserError
 from infir2.launch.environment import environment
+from infir2.train.metrics import read_metrics
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 C = TypeVar("C", bound=TrainingConfig)
@@ -69,3 +70,10 @@ def override_words(values: Mapping[str, object]) -> list[str]:
 def shipped(kind: type[C], name: str, values: Mapping[str, object]) -> C:
     """A shipped recipe with values written over it."""
     return load(kind, RECIPES / f"{name}.toml", override_words(values))
+
+
+def train_lines(run: Path) -> list[dict[str, Any]]:
+    """A run's lines of training steps; of a step that was done twice, the last. None before there are any."""
+    path = run / "metrics.jsonl"
+    lines = [line for line in read_metrics(path) if line["kind"] == "train"] if path.exists() else []
+    return list({line["step"]: line for line in lines}.values())

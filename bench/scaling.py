@@ -21,10 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from infir2.launch.environment import environment
-from infir2.train.metrics import read_metrics
+from record import RECIPES, Record, override_words, settings_of, train_lines
 
-ROOT = Path(__file__).parents[1]
 WARM_UP = 3  # steps that compile, or find memory for the first time
 
 
@@ -39,16 +37,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="of each run (%(default)s)")
     parser.add_argument("--check", action="store_true", help="a tiny model, to see that everything runs")
     options = parser.parse_args()
-    result: dict[str, Any] = {**environment(), "settings": {"sequences": options.sequences, "steps": options.steps}}
-    prepare(options)
-    result["runs"] = [
-        {"precision": precision, "gpus": gpus, **figures(options, run_to_the_end(options, precision, gpus))}
-        for precision in options.precisions
-        for gpus in options.gpus
-    ]
-    result["killed"] = killed_and_resumed(options, options.precisions[0], max(options.gpus))
-    options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    record = Record(options.result, settings_of(options, "work", "result"))
+    with record.phase("prepare"):
+        prepare(options)
+    runs = record.values["runs"] = []
+    for precision in options.precisions:
+        for gpus in options.gpus:
+            with record.phase(f"{precision} on {gpus}"):
+                run = run_to_the_end(options, precision, gpus)
+                runs.append({"precision": precision, "gpus": gpus, **figures(run)})
+    with record.phase("killed and resumed"):
+        record.values["killed"] = killed_and_resumed(options, options.precisions[0], max(options.gpus))
+    print(json.dumps(record.values, indent=1))
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -78,19 +78,17 @@ def command(options: argparse.Namespace, run: Path, precision: str, gpus: int, s
         "train.keep_checkpoints": 1,
         "train.compile": str(not options.check).lower(),
     }
-    words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), "-m", "--"]
-    return [sys.executable, *torchrun, "infir2", "cpt", str(ROOT / "recipes/cpt_1.5b.toml"), *words]
+    return [sys.executable, *torchrun, "infir2", "cpt", str(RECIPES / "cpt_1.5b.toml"), *override_words(overrides)]
 
 
 def run_to_the_end(options: argparse.Namespace, precision: str, gpus: int) -> Path:
     run = options.work / f"{precision}-{gpus}"
-    print(f"{precision} on {gpus}", flush=True)
     subprocess.run(command(options, run, precision, gpus, 0), check=True)
     return run
 
 
-def figures(options: argparse.Namespace, run: Path) -> dict[str, Any]:
+def figures(run: Path) -> dict[str, Any]:
     lines = train_lines(run)
     seconds = statistics.median(line["step_time_s"] for line in lines[WARM_UP:])
     return {
@@ -133,13 +131,6 @@ def kill_all(word: str) -> None:
                 os.kill(pid, signal.SIGKILL)
         except (FileNotFoundError, ProcessLookupError):
             pass  # it has ended meanwhile
-
-
-def train_lines(run: Path) -> list[dict[str, Any]]:
-    """Of a step that was done twice, the last."""
-    path = run / "metrics.jsonl"
-    lines = [line for line in read_metrics(path) if line["kind"] == "train"] if path.exists() else []
-    return list({line["step"]: line for line in lines}.values())
 
 
 if __name__ == "__main__":
