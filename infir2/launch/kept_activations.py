@@ -1,6 +1,6 @@
 """What decoder layers keep for their backward pass, counted on the meta device: nothing is computed or allocated."""
 
-from collections.abc import Callable
+import copy
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from infir2.fp8.linear import Fp8Linear
 from infir2.model.transformer import CausalLM
+from infir2.parallel.apply import compile_layer
 
 
 def kept_by_layers(model: CausalLM, tokens: int, compiled: bool = False) -> list[int]:
@@ -25,15 +26,16 @@ def kept_by_layers(model: CausalLM, tokens: int, compiled: bool = False) -> list
     kinds = [any(isinstance(module, Fp8Linear) for module in layer.modules()) for layer in model.model.layers]
     for layer, is_fp8 in zip(model.model.layers, kinds):
         if is_fp8 not in found:
-            # The backend that cuts a layer into forward and backward pass as the default one does, and builds nothing.
-            cut = compiled and not is_fp8
-            run = torch.compile(layer, backend="aot_eager_decomp_partition") if cut else layer
-            found[is_fp8] = _kept(layer, run, hidden, cos)
+            if compiled and not is_fp8:
+                # The backend that cuts into forward and backward pass as the default one does, and builds nothing.
+                layer = copy.copy(layer)
+                compile_layer(layer, "aot_eager_decomp_partition")
+            found[is_fp8] = _kept(layer, hidden, cos)
     return [found[is_fp8] for is_fp8 in kinds]
 
 
-def _kept(layer: nn.Module, run: Callable[..., Any], hidden: Tensor, cos: Tensor) -> int:
-    with torch.no_grad():
+def _kept(layer: nn.Module, hidden: Tensor, cos: Tensor) -> int:
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         layer(hidden, cos, cos, _attend)  # makes the FP8 weights
     lasting = {_memory(tensor) for tensor in (*layer.parameters(), *_fp8_weights(layer), cos)}
     kept: dict[int, Tensor] = {}
@@ -44,7 +46,7 @@ def _kept(layer: nn.Module, run: Callable[..., Any], hidden: Tensor, cos: Tensor
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        run(hidden, cos, cos, _attend)
+        layer(hidden, cos, cos, _attend)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ def parallelize(
 ) -> None:
     """Apply compilation and activation checkpointing to every decoder layer, then shard (in place).
 
+    Compiled is what comes before attention in a layer and what comes after it: attention is one kernel as it is, and of
+    a kind (one document a row, or packed ones) that may change with every micro-batch, differently on every rank.
+
     Checkpointing keeps a layer's input alone and computes the layer again in the backward pass; ``attention`` does so
     with what comes before and after attention, whose inputs and output are kept: of long sequences it is the part that
     takes longest to compute.
@@ -41,21 +44,16 @@ def parallelize(
     when_gathered: called with a sharded layer before its forward pass, when its parameters are whole, outside of what
     is compiled.
     """
-    if compile_layers:
-        # One process may compile many variants of a layer: recipes, shapes, training and evaluation, several runs.
-        torch._dynamo.config.recompile_limit = 64
     for layer in layers:
-        # Rebinding the methods leaves the names in the state dict as they are.
-        for name in ("before", "after") if activation_checkpointing == "attention" else ("forward",):
-            run = getattr(layer, name)
-            # The compiled code goes inside the checkpoint: around it, torch.compile finds nothing it can compile and
-            # runs the layer eagerly without a word.
-            if compile_layers:
-                run = torch.compile(run)
-            if activation_checkpointing != "none":
+        # The compiled code goes inside the checkpoint: around it, torch.compile finds nothing it can compile and runs
+        # the layer eagerly without a word.
+        if compile_layers:
+            compile_layer(layer)
+        if activation_checkpointing != "none":
+            for name in ("before", "after") if activation_checkpointing == "attention" else ("forward",):
                 # Nothing in a layer is random; to keep the generator's state would stop a CUDA graph's recording.
-                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-            setattr(layer, name, run)
+                run = partial(checkpoint, getattr(layer, name), use_reentrant=False, preserve_rng_state=False)
+                setattr(layer, name, run)
     if world.mesh is None:
         return
     # A fused MLP's output is a view; nothing here adds to it in place.
@@ -71,6 +69,14 @@ def parallelize(
             module.set_gradient_divide_factor(1.0)
             # A plain sum: else FSDP2 asks for a premultiplied one, which gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
+
+
+def compile_layer(layer: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile a decoder layer's ``before`` and ``after`` (in place: the names in its state dict stay as they are)."""
+    # One process may compile many variants of a layer: recipes, shapes, training and evaluation, several runs.
+    torch._dynamo.config.recompile_limit = 64
+    for name in ("before", "after"):
+        setattr(layer, name, torch.compile(getattr(layer, name), backend=backend))
 
 
 def _call(function: Callable[[nn.Module], object], layer: nn.Module, inputs: object) -> None:

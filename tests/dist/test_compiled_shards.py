@@ -39,7 +39,7 @@ def test_new_weights_make_new_codes_and_no_new_graphs(
         return graph.forward
 
     compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend=counted))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled(function, backend=counted))
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = CausalLM(preset("micro", 512), torch.float32)

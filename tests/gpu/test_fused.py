@@ -21,6 +21,7 @@ from infir2.kernels.transpose import transpose_codes, transpose_rows, transpose_
 from infir2.model.attention import causal_attention
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
+from infir2.parallel.apply import compile_layer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 SHAPES = [(512, 768), (384, 1536), (256, 3584), (130, 257), (1, 128), (1000, 333)]
@@ -315,7 +316,7 @@ def test_compiled_layers_do_what_they_do_uncompiled(recipe: str) -> None:
         refresh_weights(model)
         if compiled:
             for layer in model.model.layers:
-                layer.compile()
+                compile_layer(layer)
         ids = torch.randint(0, 512, (2, 128), generator=torch.Generator().manual_seed(1)).cuda()
         logits = model(ids, torch.arange(128, device="cuda").expand(2, -1), causal_attention)
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
