@@ -160,7 +160,7 @@ class LoopSection(Section):
     """full = keep only each decoder layer's input and recompute the layer in the backward pass; attention = keep the
     inputs and the output of attention as well, which takes longest to recompute where sequences are long."""
     compile: bool = False
-    """torch.compile every decoder layer."""
+    """torch.compile what is not a kernel of its own in decoder layers: all but attention, and fused FP8."""
     deterministic: bool = False
     """Ask torch for deterministic kernels: the same run gives the same bits on the same device."""
     max_skipped_steps: PositiveInt = 10

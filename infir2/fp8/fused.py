@@ -15,7 +15,7 @@ from infir2.fp8.group import LinearGroup
 from infir2.fp8.linear import Fp8Linear, weight_gradient
 from infir2.fp8.recipe import Recipe
 from infir2.fp8.tensor import Operand
-from infir2.kernels.matmul import pad_tokens, scaled_mm, scaled_mm_again
+from infir2.kernels.matmul import pad_tokens, scaled_mm
 from infir2.kernels.norm import norm_quantize, rms_norm, rms_norm_backward
 from infir2.kernels.reference import BLOCK
 from infir2.kernels.rotary_qkv import heads_fit, rotate_qkv, rotate_qkv_backward, rotate_qkv_backward_quantize
@@ -221,7 +221,7 @@ class _Mlp(torch.autograd.Function):
         x, norm_weight, *x_saved, w_codes, w_scale, down_codes, down_scale, gate_up, kept_scale = ctx.saved_tensors
         rows, channel = grad.shape[0], ctx.recipe.channel_wgrad
         if ctx.keep == "recompute":
-            gate_up = scaled_mm_again(x_saved[0], x_saved[1], "tile", w_codes, w_scale, "block", grad.dtype)
+            gate_up = scaled_mm(x_saved[0], x_saved[1], "tile", w_codes, w_scale, "block", grad.dtype)
         g = pad_tokens(grad)
         g_saved = quantize_rows(g, channel)
         d_value = _input_gradient(g_saved[0], g_saved[1], down_codes, down_scale, grad.dtype)

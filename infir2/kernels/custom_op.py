@@ -14,18 +14,17 @@ _LIBRARY = torch.library.Library("infir2", "FRAGMENT")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def custom_op(fake: Callable[..., Any], name: str | None = None) -> Callable[[_Function], _Function]:
+def custom_op(fake: Callable[..., Any]) -> Callable[[_Function], _Function]:
     """Decorator that makes ``torch.ops.infir2.NAME`` of a function with type annotations, and returns that.
 
-    ``fake``, of the same arguments, gives tensors like those that come out, without computing them. ``name``: the
-    operator's, where it is not the function's.
+    ``fake``, of the same arguments, gives tensors like those that come out, without computing them.
     """
 
     def register(function: _Function) -> _Function:
-        called = name or function.__name__
-        _LIBRARY.define(called + torch.library.infer_schema(function, mutates_args=()))
-        _LIBRARY.impl(called, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"infir2::{called}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.infir2, called).default
+        name = function.__name__
+        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"infir2::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.infir2, name).default
 
     return register

@@ -70,7 +70,8 @@ def _empty_scaled_mm(
     return torch.empty(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device)
 
 
-def _scaled_mm(
+@custom_op(_empty_scaled_mm)
+def scaled_mm(
     a: Tensor,
     a_scale: Tensor,
     a_granularity: str,
@@ -99,12 +100,6 @@ def _scaled_mm(
     return torch.nn.functional.scaled_mm(
         a, b.T, a_scale, recipe_a, _right_scale(b_scale, b_granularity), recipe_b, output_dtype=out_dtype
     )
-
-
-scaled_mm = custom_op(_empty_scaled_mm, "scaled_mm")(_scaled_mm)
-# The same under another name, for a backward pass that computes a product anew to save memory: torch.compile takes two
-# calls of one operator for one, and would keep the forward pass's result.
-scaled_mm_again = custom_op(_empty_scaled_mm, "scaled_mm_again")(_scaled_mm)
 
 
 def multiply_rows(

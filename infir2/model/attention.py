@@ -100,7 +100,6 @@ def _attention_of_each(batch: Batch) -> Attend:
     _check_rows(batch)
     lengths = [n for n in batch.cu_seqlens.diff().tolist() if n]
 
-    @torch.compiler.disable  # other lengths in every batch: nothing worth compiling
     def attend(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
         queries, keys, values = (t.flatten(0, 1)[None].split(lengths, dim=1) for t in (q, k, v))
         outputs = [causal_attention(*one, layer_index) for one in zip(queries, keys, values)]

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from infir2.model.transformer import DecoderLayer
 from infir2.parallel.runtime import World
 
 Checkpointing = Literal["none", "attention", "full"]
@@ -28,9 +29,6 @@ def parallelize(
     when_gathered: Callable[[nn.Module], object] | None = None,
 ) -> None:
     """Apply compilation and activation checkpointing to every decoder layer, then shard (in place).
-
-    Compiled is what comes before attention in a layer and what comes after it: attention is one kernel as it is, and of
-    a kind (one document a row, or packed ones) that may change with every micro-batch, differently on every rank.
 
     Checkpointing keeps a layer's input alone and computes the layer again in the backward pass; ``attention`` does so
     with what comes before and after attention, whose inputs and output are kept: of long sequences it is the part that
@@ -72,11 +70,18 @@ def parallelize(
 
 
 def compile_layer(layer: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile a decoder layer's ``before`` and ``after`` (in place: the names in its state dict stay as they are)."""
+    """Compile a decoder layer's ``before`` and ``after``, where they are not fused FP8; in place, the names stay.
+
+    Not attention: it is one kernel as it is, of a kind (one document a row, or packed ones) that may change with every
+    micro-batch, differently on every rank, where all would wait for one's compiler. Nor fused FP8: its kernels leave
+    nothing to fuse, and a step takes as long without.
+    """
+    assert isinstance(layer, DecoderLayer)
     # One process may compile many variants of a layer: recipes, shapes, training and evaluation, several runs.
     torch._dynamo.config.recompile_limit = 64
-    for name in ("before", "after"):
-        setattr(layer, name, torch.compile(getattr(layer, name), backend=backend))
+    for name, fused in (("before", layer.self_attn.fused_heads), ("after", layer.mlp.fused_mlp)):
+        if fused is None:
+            setattr(layer, name, torch.compile(getattr(layer, name), backend=backend))
 
 
 def _call(function: Callable[[nn.Module], object], layer: nn.Module, inputs: object) -> None:

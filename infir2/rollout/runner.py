@@ -26,8 +26,6 @@ class PagedAttention:
     def __init__(self, caches: list[PagedCache], layout: PagedLayout) -> None:
         self.caches, self.layout = caches, layout
 
-    # Layers that the trainer compiled for a CPU leave their compiled code here: every batch is another layout.
-    @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
         """q [1, tokens, heads, head_dim], k and v [1, tokens, kv_heads, head_dim] -> like q."""
         cache = self.caches[layer_index]

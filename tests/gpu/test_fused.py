@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from infir2.model.transformer import CausalLM
 from infir2.parallel.apply import compile_layer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+QWEN3: dict[str, Any] = {"model_type": "qwen3", "qk_norm": True, "qkv_bias": False}  # not fused to its end
 SHAPES = [(512, 768), (384, 1536), (256, 3584), (130, 257), (1, 128), (1000, 333)]
 
 
@@ -303,10 +305,10 @@ def test_norm_weight_dtype_does_not_matter() -> None:
     assert_same(got[:2], encode_rows(rms_norm(x, weight, 1e-6), False)[:2], share=2e-3)
 
 
-@pytest.mark.parametrize("recipe", ["blockwise", "hybrid"])
-def test_compiled_layers_do_what_they_do_uncompiled(recipe: str) -> None:
+@pytest.mark.parametrize(("recipe", "qk_norm"), [("blockwise", True), ("hybrid", True), ("tensorwise", False)])
+def test_compiled_layers_do_what_they_do_uncompiled(recipe: str, qk_norm: bool) -> None:
     """At a width of six blocks: their scales are padded to eight, which compiled code must not lose."""
-    config = dataclasses.replace(preset("small-150m", 512), num_hidden_layers=2)
+    config = dataclasses.replace(preset("small-150m", 512), num_hidden_layers=2, **(QWEN3 if qk_norm else {}))
     losses = []
     for compiled in (False, True):
         model = CausalLM(config, torch.bfloat16)
