@@ -41,6 +41,18 @@ def test_the_demos_have_the_same_stages() -> None:
     assert [stage.name for stage in small.stage] == [stage.name for stage in tiny.stage]
 
 
+@pytest.mark.parametrize("size", ["1.5b", "7b"])
+def test_the_papers_chain_trains_every_token_once(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run starts from the end of the one before, and pre-training, whose schedule ends with a decay, is one run."""
+    monkeypatch.chdir(RECIPES.parent)
+    path = RECIPES / f"pipeline_{size}.toml"
+    plan = make_plan(load(PipelineConfig, path), path.name)
+    runs = [(step.name, *step.words) for step in plan.steps if step.words[0] in STAGES]
+    assert [stage for _, stage, *_ in runs] == ["cpt", "sft", "sft", "rl", "rl"]
+    for (before, *_), (_, stage, recipe, *overrides) in zip(runs, runs[1:]):
+        assert load(STAGES[stage], recipe, overrides).init.checkpoint == str(plan.run / before)
+
+
 @pytest.mark.parametrize("path", sorted({*RECIPES.glob("*.toml")} - {*PIPELINES}), ids=lambda path: path.name)
 def test_every_recipe_parses_and_survives_a_round_trip(path: Path) -> None:
     kind = STAGES[path.name.partition("_")[0]]
