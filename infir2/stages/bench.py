@@ -28,12 +28,19 @@ WITHOUT_GPU = ("micro", "tiny", "small-150m")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["step", "decode", "gemm", "quantize"])
-    parser.add_argument("--model", help=f"preset whose shapes are used ({_default('model')})")
-    parser.add_argument("--batch", type=int, default=2, help="sequences (2)")
-    parser.add_argument("--length", type=int, help=f"tokens of a sequence ({_default('length')})")
-    parser.add_argument("--new", type=int, help=f"decode: tokens made after a prompt of --length ({_default('new')})")
-    parser.add_argument("--cache", choices=["auto", "fp8"], default="auto", help="decode: dtype of keys and values")
-    parser.add_argument("--layers", type=int, default=0, help="decoder layers (0 = the model's)")
+    parser.add_argument("--model", help=f"preset whose shapes are used (default: {_default('model')})")
+    parser.add_argument("--batch", type=int, default=2, help="sequences (default: %(default)s)")
+    parser.add_argument(
+        "--length", type=int, help=f"tokens of a sequence; decode: of a prompt (default: {_default('length')})"
+    )
+    parser.add_argument("--new", type=int, help=f"decode: tokens made after the prompt (default: {_default('new')})")
+    parser.add_argument(
+        "--cache",
+        choices=["auto", "fp8"],
+        default="auto",
+        help="decode: dtype of keys and values (default: %(default)s)",
+    )
+    parser.add_argument("--layers", type=int, default=0, help="decoder layers (default: the model's)")
     parser.add_argument(
         "--precisions",
         nargs="+",
@@ -44,20 +51,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["bf16", "blockwise", "hybrid"],
         metavar="NAME",
         help=f"{', '.join(PRECISIONS)}; blockwise/bf16, hybrid/recompute: how gate and up are kept; /head: with an "
-        "FP8 output head",
+        "FP8 output head (default: bf16 blockwise hybrid)",
     )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="step: other implementations to measure")
     parser.add_argument("--optimizer", action="store_true", help="step: AdamW as well")
     parser.add_argument(
-        "--checkpointing", choices=["none", "attention", "full"], default="none", help="step: activation checkpointing"
+        "--checkpointing",
+        choices=["none", "attention", "full"],
+        default="none",
+        help="step: activation checkpointing (default: %(default)s)",
     )
     parser.add_argument("--layers-only", action="store_true", help="step: decoder layers without the output head")
     parser.add_argument(
-        "--moments", choices=["float32", "bfloat16"], default="float32", help="step: how AdamW keeps its moments"
+        "--moments",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="step: how AdamW keeps its moments (default: %(default)s)",
     )
     parser.add_argument("--eager", action="store_true", help="step: launch every kernel, instead of CUDA graphs")
     parser.add_argument("--no-compile", action="store_true", help="step: leave layers uncompiled")
-    parser.add_argument("--repeats", type=int, help=f"timed repetitions ({_default('repeats')})")
+    parser.add_argument("--repeats", type=int, help=f"timed repetitions (default: {_default('repeats')})")
     parser.add_argument("--profile", action="store_true", help="step, decode: GPU time by kernel family")
     parser.add_argument("--json", type=Path, help="write the figures here")
 

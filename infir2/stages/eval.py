@@ -52,19 +52,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("models", nargs="+", metavar="MODEL", help="one or several models")
     add("--tasks", required=True, metavar="A,B", help="what to evaluate, separated by commas")
     add("--paired", action="store_true", help="compare the second model with the first, problem by problem")
-    add("--out", type=Path, help="folder for everything that is written (runs/eval/MODEL+MODEL...)")
+    add("--out", type=Path, help="folder for everything that is written (default: runs/eval/MODEL+MODEL...)")
     add("--samples", type=int, metavar="K", help="samples of each problem (default: the task's)")
-    add("--max-tokens", type=int, metavar="N", help="longest response (default: the task's)")
-    add("--temperature", type=float, metavar="T", help="(default: 0.65)")
-    add("--top-p", type=float, metavar="P", help="(default: 0.95)")
+    add("--max-tokens", type=int, metavar="N", help="longest response, in tokens (default: the task's)")
+    add("--temperature", type=float, metavar="T", help="sampling temperature; 0 = greedy (default: 0.65)")
+    add("--top-p", type=float, metavar="P", help="probability mass that is sampled from (default: 0.95)")
     add("--limit", type=int, metavar="N", help="only the first N problems of each task")
     add(
         "--data", type=Path, metavar="DIR", help="local copies of the benchmarks' rows, DIR/aime24/test.jsonl and so on"
     )
     add("--api-url", metavar="URL", help="ask this server, such as http://127.0.0.1:8000/v1")
     add("--api-key", help=f"its key; prefer the variable {KEY_VARIABLE}")
-    add("--concurrency", type=int, default=64, metavar="N", help="requests at a time to a server (%(default)s)")
-    add("--evalscope-python", type=Path, metavar="PATH", help="interpreter of an environment that has evalscope")
+    add(
+        "--concurrency", type=int, default=64, metavar="N", help="requests at a time to a server (default: %(default)s)"
+    )
+    add(
+        "--evalscope-python",
+        type=Path,
+        metavar="PATH",
+        help="interpreter of an environment that has evalscope (default: INFIR2_EVALSCOPE_PYTHON, else this one)",
+    )
     add("--unsafe-code-exec", action="store_true", help="run programs even where the sandbox does not hold")
     add_inference_arguments(parser)
 

@@ -3,6 +3,7 @@
 import importlib
 import re
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -43,13 +44,13 @@ def test_the_demos_have_the_same_stages() -> None:
 
 @pytest.mark.parametrize("size", ["1.5b", "7b"])
 def test_the_papers_chain_trains_every_token_once(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each run starts from the end of the one before, and pre-training, whose schedule ends with a decay, is one run."""
+    """Each run starts from the one before; pre-training, whose schedule ends with a decay, is a single run."""
     monkeypatch.chdir(RECIPES.parent)
     path = RECIPES / f"pipeline_{size}.toml"
     plan = make_plan(load(PipelineConfig, path), path.name)
     runs = [(step.name, *step.words) for step in plan.steps if step.words[0] in STAGES]
     assert [stage for _, stage, *_ in runs] == ["cpt", "sft", "sft", "rl", "rl"]
-    for (before, *_), (_, stage, recipe, *overrides) in zip(runs, runs[1:]):
+    for (before, *_), (_, stage, recipe, *overrides) in pairwise(runs):
         assert load(STAGES[stage], recipe, overrides).init.checkpoint == str(plan.run / before)
 
 
