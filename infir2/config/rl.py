@@ -61,8 +61,10 @@ class RolloutSection(Section):
 class RewardSection(Section):
     """How responses are scored."""
 
-    kind: Literal["math", "choice", "reasoning_gym", "code"] = "math"
+    kind: Literal["math", "choice", "reasoning_gym", "code", "python"] = "math"
     """Which scorer reads response and label (docs/rewards.md)."""
+    file: str | None = None
+    """With kind = "python": the Python file whose function score(response, label) returns a number from 0 to 1."""
     think: Literal["auto", "required", "ignore"] = "auto"
     """required = no reward without </think>; auto = an unclosed <think> earns none; ignore = the tags mean nothing."""
     limit_s: PositiveFloat = 5.0
@@ -71,6 +73,12 @@ class RewardSection(Section):
     """Processes that score; 0 = by the number of cores."""
     overlong_buffer: Count = 0
     """DAPO's soft penalty: over the last so many tokens before rollout.max_new_tokens it falls to -1; 0 = none."""
+
+    @pydantic.model_validator(mode="after")
+    def _has_its_file(self) -> "RewardSection":
+        if (self.kind == "python") != (self.file is not None):
+            raise ValueError('reward.file: needed with reward.kind = "python", and only then')
+        return self
 
 
 class PolicySection(Section):

@@ -17,6 +17,7 @@ has a confidence interval and the p-value of a sign-flip permutation test over p
 """
 
 import argparse
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -207,6 +208,8 @@ def _models(
         for task, file in zip(tasks, files):
             asked = {"task": task.name, **task.sampling.__dict__, "limit": args.limit}
             asked["problems"] = digests.get(task.name)
+            if isinstance(task, LocalTask) and task.grader_file is not None:
+                asked["grader"] = hashlib.sha256(Path(task.grader_file).read_bytes()).hexdigest()
             origins[task.name] = Origin(name, file, {"weights": own, **engine}, asked)
         models.append(_Model(text, name, own, staged, origins))
     return models
@@ -264,15 +267,18 @@ class _Scorers:
 
     def __init__(self, unsafe_code_exec: bool) -> None:
         self._unsafe_code_exec = unsafe_code_exec
-        self._made: dict[str, Scorer] = {}
+        self._made: dict[tuple[str, str | None], Scorer] = {}
 
     def of(self, task: LocalTask) -> "Scorer":
         from infir2.reward.dispatch import reward_for
 
-        if task.grader not in self._made:
-            options = {"unsafe_code_exec": self._unsafe_code_exec} if task.grader == "code" else {}
-            self._made[task.grader] = reward_for(task.grader, **options)
-        return self._made[task.grader]
+        key = task.grader, task.grader_file
+        if key not in self._made:
+            options: dict[str, Any] = {"unsafe_code_exec": self._unsafe_code_exec} if task.grader == "code" else {}
+            if task.grader_file is not None:
+                options["file"] = task.grader_file
+            self._made[key] = reward_for(task.grader, **options)
+        return self._made[key]
 
     def close(self) -> None:
         for scorer in self._made.values():
