@@ -149,7 +149,8 @@ def test_the_guide_to_rl_names_every_key_of_its_sections_with_its_default() -> N
     for name, values in written.items():
         section = sections[name].annotation
         assert section is not None
-        told = {*values, *re.findall(r"^# (\w+) = ", block, flags=re.MULTILINE)}  # a key that fits no default is a comment
+        # A key that does not go with the defaults stands in a comment.
+        told = {*values, *re.findall(r"^# (\w+) = ", block, flags=re.MULTILINE)}
         assert set(values) <= set(section.model_fields) <= told, name
         checked = section.model_validate(values)
         for key, field in section.model_fields.items():
