@@ -2,7 +2,7 @@
 
 step      forward, forward + backward and optimiser of a whole model with random weights, in each precision
 decode    the rollout engine: prompts read and tokens made a second
-gemm      the three GEMMs of every linear shape of a model
+gemm      forward and weight-gradient GEMMs of every linear shape of a model, in TFLOP/s
 quantize  the quantiser's kernels: bytes read and written over time
 
 Figures are medians. --json writes them with command, commit, device and versions. Without a GPU, FP8 is emulated and
