@@ -41,7 +41,7 @@ HELP = f"""usage: infir2 COMMAND ...
 Train reasoning language models in FP8, from raw text to an evaluated model.
 
 commands:
-{chr(10).join(f"  {name:<8} {line}" for name, line in COMMANDS.items())}
+{chr(10).join(f"  {name:<9} {line}" for name, line in COMMANDS.items())}
 
 options:
   -h, --help  show this text; `infir2 COMMAND --help` tells more about a command

@@ -2,17 +2,14 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from infir2.config.section import Section
 
 
 def describe(kind: type[Section]) -> list[tuple[str, str, str]]:
-    """Every key of a configuration as (dotted key, default, meaning): what ``--help`` prints."""
-    return [
-        (key, "required" if field.is_required() else json.dumps(field.default), field.description or "")
-        for key, field in _fields(kind, "")
-    ]
+    """Every key of a configuration as (dotted key, values and default, meaning): what ``--help`` prints."""
+    return [(key, _values(field), field.description or "") for key, field in _fields(kind, "")]
 
 
 def all_keys(kind: type[Section]) -> list[str]:
@@ -48,6 +45,12 @@ def may_be_unset(kind: type[Section], keys: Sequence[str]) -> bool:
     section = section_at(kind, keys[:-1])
     field = section.model_fields.get(keys[-1]) if section else None
     return field is not None and type(None) in get_args(field.annotation)
+
+
+def _values(field: Any) -> str:
+    """``{a, b}`` where only these are taken, then the default in brackets."""
+    choices = f"{{{', '.join(get_args(field.annotation))}}}  " if get_origin(field.annotation) is Literal else ""
+    return f"{choices}[{'required' if field.is_required() else json.dumps(field.default)}]"
 
 
 def _fields(kind: type[Section], prefix: str) -> Iterator[tuple[str, Any]]:

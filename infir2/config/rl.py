@@ -21,7 +21,7 @@ class RlDataSection(Section):
     validation: str | None = None
     """Held-out prompts, named like train; needed where train.eval_every is not 0."""
     max_prompt_tokens: PositiveInt = 2048
-    """Longest prompt; longer ones are left out and counted."""
+    """Longest prompt, in tokens; longer ones are left out and counted."""
     max_tokens_per_gpu: PositiveInt = 32_768
     """Most tokens in one forward pass of the trainer; samples are packed up to it."""
     chat_template: str = "auto"
@@ -40,7 +40,7 @@ class RolloutSection(Section):
     samples: Annotated[int, Field(ge=2)] = 16
     """Samples of each prompt: its group."""
     max_new_tokens: PositiveInt = 8192
-    """Longest response."""
+    """Longest response, in tokens."""
     temperature: Annotated[float, Field(ge=1e-5)] = 1.0  # what is below is greedy to the engine
     """Sampling temperature; the trainer computes its log-probabilities under the same one. No top-p, no top-k."""
     filter_groups: bool = True
@@ -55,14 +55,16 @@ class RolloutSection(Section):
     max_batch_tokens: PositiveInt = 8192
     """Tokens of one forward pass of the engine."""
     cache_dtype: Literal["auto", "fp8"] = "auto"
-    """auto = keys and values in the compute dtype."""
+    """auto = keys and values in the compute dtype; fp8 = in half of that, rounded."""
 
 
 class RewardSection(Section):
     """How responses are scored."""
 
-    kind: Literal["math", "choice", "reasoning_gym", "code"] = "math"
-    """Which scorer reads response and label."""
+    kind: Literal["math", "choice", "reasoning_gym", "code", "python"] = "math"
+    """Which scorer reads response and label (docs/rewards.md)."""
+    file: str | None = None
+    """With kind = "python": the Python file whose function score(response, label) returns a number from 0 to 1."""
     think: Literal["auto", "required", "ignore"] = "auto"
     """required = no reward without </think>; auto = an unclosed <think> earns none; ignore = the tags mean nothing."""
     limit_s: PositiveFloat = 5.0
@@ -71,6 +73,12 @@ class RewardSection(Section):
     """Processes that score; 0 = by the number of cores."""
     overlong_buffer: Count = 0
     """DAPO's soft penalty: over the last so many tokens before rollout.max_new_tokens it falls to -1; 0 = none."""
+
+    @pydantic.model_validator(mode="after")
+    def _has_its_file(self) -> "RewardSection":
+        if (self.kind == "python") != (self.file is not None):
+            raise ValueError('reward.file: needed with reward.kind = "python", and only then')
+        return self
 
 
 class PolicySection(Section):
@@ -81,14 +89,14 @@ class PolicySection(Section):
     clip_high: PositiveFloat = 0.28
     """Probability ratios above 1 + clip_high are clipped."""
     std_normalization: bool = True
-    """Divide a group's advantages by the standard deviation of its rewards (GRPO); False only takes off their mean."""
+    """Divide a group's advantages by the standard deviation of its rewards (GRPO); false only takes off their mean."""
     kl_coef: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of the low-variance KL to the model that the run started from, which is loaded for it; 0 = not loaded."""
     entropy_coef: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of the entropy bonus."""
     importance: Literal["off", "token", "sequence"] = "token"
     """Truncated importance sampling of the trainer's over the engine's probabilities: of every token, of whole
-    responses, or not at all."""
+    responses (sequence), or not at all."""
     importance_clip: PositiveFloat = 2.0
     """Where the importance weight is truncated."""
     mismatch_limit: Annotated[float, Field(gt=1.0)] = 1.1
@@ -103,7 +111,7 @@ class RlEvalSection(Section):
     temperature: Annotated[float, Field(ge=0.0)] = 0.0
     """0 = greedy."""
     max_new_tokens: Count = 0
-    """Longest response; 0 = that of the rollouts."""
+    """Longest response, in tokens; 0 = that of the rollouts."""
 
 
 class RlTrainSection(LoopSection):

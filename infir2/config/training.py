@@ -67,7 +67,7 @@ class DataSection(Section):
     seq_len: PositiveInt
     """Tokens per sequence."""
     document_attention: bool = True
-    """True: packed documents attend only to themselves. False: plain causal attention over the sequence."""
+    """true = packed documents attend only to themselves; false = plain causal attention over the sequence."""
     validation_fraction: Fraction = 0.05
     """Documents held out from a Megatron pair that has no validation split of its own (the last ones)."""
 
@@ -112,7 +112,8 @@ class OptimSection(Section):
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
     """Learning rate at the end of the decay."""
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
-    """wsd = linear warm-up, stable, decay over the last decay_steps; cosine = warm-up, then cosine to the end."""
+    """wsd = linear warm-up, stable, decay over the last decay_steps; cosine = warm-up, then cosine to the end;
+    constant = no decay."""
     warmup_steps: Count = 0
     """Steps of linear warm-up from 0."""
     warmup_fraction: Fraction = 0.0
@@ -212,14 +213,14 @@ class InitSection(Section):
     checkpoint: str | None = None
     """A checkpoint folder (runs/NAME/checkpoints/step-N), or a run folder for its newest one."""
     keep_optimizer: bool = True
-    """Keep the optimiser's moments; False starts them at zero."""
+    """Keep the optimiser's moments; false starts them at zero."""
 
 
 class SftInitSection(InitSection):
     """Start from another run's checkpoint, such as stage 1's: its weights, a fresh optimiser and schedule."""
 
     keep_optimizer: bool = False
-    """Keep the optimiser's moments; False starts them at zero."""
+    """Keep the optimiser's moments; false starts them at zero."""
 
 
 class LogSection(Section):

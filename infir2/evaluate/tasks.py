@@ -45,6 +45,8 @@ class LocalTask:
     name: str
     grader: RewardKind
     sampling: Sampling
+    grader_file: str | None = None
+    """Where the grader ``python`` lies."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ BENCHMARKS = {
 }  # fmt: skip
 _LOCAL_SAMPLING = Sampling(4, 1024)
 _GENERATED = {"held_out_1": 1, "held_out_2": 2}
-_FILE_GRADERS: tuple[RewardKind, ...] = ("math", "choice", "code", "reasoning_gym")
+_FILE_GRADERS: tuple[RewardKind, ...] = ("math", "choice", "code", "reasoning_gym", "python")
 
 HELP = """  aime24 aime25 gpqa_diamond livecodebench_v5
                      the paper's benchmarks, by evalscope
@@ -84,7 +86,9 @@ HELP = """  aime24 aime25 gpqa_diamond livecodebench_v5
   rg:NAME            a reasoning-gym data set, such as rg:gcd
   math:FILE choice:FILE code:FILE reasoning_gym:FILE
                      rows {"prompt": text or messages, "label": ...} in a .jsonl or .parquet file, graded by that reward
-                     (docs/rewards.md)"""
+                     (docs/rewards.md)
+  python:GRADER.py:FILE
+                     such rows, graded by the function score(response, label) in GRADER.py: a number from 0 to 1"""
 
 
 def parse_tasks(text: str) -> list[Benchmark | LocalTask]:
@@ -121,7 +125,7 @@ def problems_of(task: LocalTask, limit: int | None) -> list[Problem]:
         return _held_out(_GENERATED[kind], limit or LOCAL_PROBLEMS)
     if kind == "rg":
         return _reasoning_gym(rest, limit or LOCAL_PROBLEMS)
-    return _from_file(rest, limit)
+    return _from_file(rest.removeprefix(f"{task.grader_file}:"), limit)
 
 
 def _parse(name: str) -> Benchmark | LocalTask:
@@ -134,7 +138,12 @@ def _parse(name: str) -> Benchmark | LocalTask:
         _check_data_set(rest)
         return LocalTask(name, "reasoning_gym", _LOCAL_SAMPLING)
     if colon and rest and (grader := next((one for one in _FILE_GRADERS if one == kind), None)):
-        return LocalTask(name, grader, _LOCAL_SAMPLING)
+        if grader != "python":
+            return LocalTask(name, grader, _LOCAL_SAMPLING)
+        stem, _, file = rest.partition(".py:")
+        if not (stem and file):
+            raise ConfigError(f"--tasks: {name}: should read python:GRADER.py:FILE")
+        return LocalTask(name, grader, _LOCAL_SAMPLING, f"{stem}.py")
     known = [*BENCHMARKS, *_GENERATED]
     hint = did_you_mean(name, known) or f" There are {', '.join(known)}, rg:NAME and math:FILE (see --help)."
     raise ConfigError(f"--tasks: {name}: no such task.{hint}")

@@ -27,14 +27,19 @@ def environment() -> dict[str, Any]:
         import triton
 
         versions |= {"triton": triton.__version__, "cuda": str(torch.version.cuda)}
-    program = Path(sys.argv[0]).name
     return {
-        "command": shlex.join(["infir2" if program == "__main__.py" else program, *sys.argv[1:]]),
+        "command": command(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores",
         "versions": versions,
     }
+
+
+def command() -> str:
+    """The command of this process, as a shell takes it; `python -m infir2` is the same as infir2."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["infir2" if program == "__main__.py" else program, *sys.argv[1:]])
 
 
 def commit() -> str | None:

@@ -51,25 +51,35 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--precision", choices=PRECISIONS, default="auto",
-        help="linear layers: auto = as the run trained or the folder stores them, bf16, or blockwise (FP8)",
+        help="linear layers: auto (default) = as the run trained or the folder stores them, bf16, or blockwise = FP8",
     )  # fmt: skip
     group.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of everything else (auto: as trained, bfloat16)"
+        "--dtype", choices=DTYPES, default="auto", help="of everything else (default: auto = as trained, else bfloat16)"
     )
     group.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one that goes with MODEL)")
     group.add_argument(
         "--cache-tokens", type=int, metavar="N",
         help=f"tokens in the key-value cache (default: what fits into GPU memory; {CPU_CACHE_TOKENS:,} on a CPU)",
     )  # fmt: skip
-    group.add_argument("--cache-dtype", choices=("auto", "fp8"), default="auto", help="of the key-value cache (auto)")
-    group.add_argument("--max-sequences", type=int, default=256, metavar="N", help="samples at once (%(default)s)")
     group.add_argument(
-        "--max-batch-tokens", type=int, default=4096, metavar="N", help="tokens of a forward pass (%(default)s)"
+        "--cache-dtype", choices=("auto", "fp8"), default="auto", help="of the key-value cache (default: auto)"
+    )
+    group.add_argument(
+        "--max-sequences", type=int, default=256, metavar="N", help="samples at once (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max-batch-tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="tokens of a forward pass (default: %(default)s)",
     )
     group.add_argument(
         "--max-length", type=int, metavar="N", help="longest prompt plus answer (default: the model's positions)"
     )
-    group.add_argument("--seed", type=int, default=0, help="of requests that bring none (%(default)s)")
+    group.add_argument(
+        "--seed", type=int, default=0, help="of sampling, where a request brings none (default: %(default)s)"
+    )
 
 
 def load_engine(

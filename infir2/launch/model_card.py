@@ -1,13 +1,12 @@
 """README.md of a model that one of our runs trained: what it is, made from what, by which commands."""
 
 import json
-import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import infir2
+from infir2.launch.environment import command
 
 if TYPE_CHECKING:
     from infir2.checkpoint.export_fp8 import Fp8Export
@@ -31,7 +30,8 @@ def _lines(source: "ModelSource", meta: Mapping[str, Any], export: "Fp8Export | 
     recipe, scale_format, _ = source.trained_fp8()
     yield from (f"# {name}", "")
     yield f"A {source.architecture.model_type} model of {source.architecture.num_parameters():,} parameters, trained"
-    yield f"with infir2 {infir2.__version__}: {progress.get('step', 0):,} steps, {progress.get('tokens', 0):,} tokens."
+    steps, tokens = progress.get("step", 0), progress.get("tokens", 0)
+    yield f"with infir2 {infir2.__version__}: {steps:,} steps, {tokens:,} tokens trained on."
     yield from ("", "## Origin", "")
     yield f"- Started from: {_parent(config)}"
     yield f"- Checkpoint: `{source.path.name}` of run `{name}`"
@@ -39,7 +39,7 @@ def _lines(source: "ModelSource", meta: Mapping[str, Any], export: "Fp8Export | 
         versions = ", ".join(f"{key} {value}" for key, value in run.get("versions", {}).items())
         yield f"- Trained by: `{run['command']}` ({run.get('device', 'unknown device')}; {versions})"
         yield f"- Source revision: {run.get('commit') or 'unknown'}"
-    yield f"- Converted by: `{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`"
+    yield f"- Converted by: `{command()}`"
     yield from ("", "## Numbers", "")
     yield f"- Training: recipe `{recipe}`, scales `{scale_format}`"
     yield f"- This folder: {_stored(export)}"

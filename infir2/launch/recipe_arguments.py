@@ -12,5 +12,5 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, kind: type[TrainingCon
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help=f"TOML file, such as recipes/{example}")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, parameters and memory; stop")
     parser.epilog = "recipe keys (override with --section.key value):\n" + "\n".join(
-        f"  --{key}  [{default}]\n{textwrap.indent(text, '      ')}" for key, default, text in describe(kind)
+        f"  --{key}  {values}\n{textwrap.indent(text, '      ')}" for key, values, text in describe(kind)
     )

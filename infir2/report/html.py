@@ -106,7 +106,7 @@ def group_of(runs: Sequence[Run]) -> dict[str, Any]:
 def _summary(run: Run, first: Run) -> list[tuple[str, str, str]]:
     """(heading, text, change against the first run) of every column of the summary table."""
     steps, _ = run.series("loss")
-    time_spent = float(np.nansum(run.series("step_time_s")[1]))
+    time_spent = run.time_in_steps()
     loss, held_out = run.final_loss(), run.last("eval_loss", "eval")
     reward = run.last("eval_reward", "eval")
 

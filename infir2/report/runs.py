@@ -76,6 +76,11 @@ class Run:
         _, values = self.series(key)
         return float(np.nanmax(values)) if len(values) and not np.isnan(values).all() else None
 
+    def time_in_steps(self) -> float:
+        """Seconds of all steps; those between two lines (``log.every``) count as the one that was written down."""
+        steps, seconds = self.series("step_time_s")
+        return float(np.nansum(seconds * np.diff(steps, prepend=0)))
+
     def final_loss(self) -> float | None:
         """Mean training loss over the last 5 % of the steps."""
         steps, values = self.series("loss")

@@ -1,11 +1,11 @@
 """From the name of a reward, as a recipe spells it, to the thing that scores."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from infir2.errors import ConfigError, did_you_mean
 from infir2.reward.score import Scorer
 
-RewardKind = Literal["math", "choice", "reasoning_gym", "code"]
+RewardKind = Literal["math", "choice", "reasoning_gym", "code", "python"]
 
 
 def reward_for(kind: RewardKind, **options: Any) -> Scorer:
@@ -26,5 +26,9 @@ def reward_for(kind: RewardKind, **options: Any) -> Scorer:
         from infir2.reward.code import CodeScorer
 
         return CodeScorer(**options)
-    known = ("math", "choice", "reasoning_gym", "code")
+    if kind == "python":
+        from infir2.reward.python_file import PythonScorer
+
+        return PythonScorer(**options)
+    known = get_args(RewardKind)
     raise ConfigError(f"no reward is called {kind!r}; there are {', '.join(known)}.{did_you_mean(str(kind), known)}")

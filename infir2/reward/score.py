@@ -10,7 +10,7 @@ class Score:
     """What one response earned, and why."""
 
     value: float
-    """0 or 1."""
+    """0 or 1; of ``python`` anything between, too."""
     answer: str | None
     """The answer as it stands in the response; None where there is none."""
     decided: str

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any, NoReturn
 
 MEMORY_MIB = 4096
@@ -43,6 +44,8 @@ def load(kind: str) -> Callable[[Any], Any]:
         return load_math()
     if kind == "reasoning_gym":
         return load_reasoning_gym()
+    if kind.startswith("python:"):
+        return load_file(kind.removeprefix("python:"))
     if kind == "sleep":  # for tests: an item tells how long
         return _sleep
     raise ValueError(f"no such kind of work: {kind!r}")
@@ -88,6 +91,19 @@ def load_reasoning_gym() -> Callable[[Any], float]:
         return float(scorers[name](answer=answer, entry=entry))
 
     return score
+
+
+def load_file(path: str) -> Callable[[Any], float]:
+    """(response, label) -> what ``score`` of that Python file says. What lies beside the file can be imported."""
+    sys.path.insert(0, os.path.dirname(path))
+    spec = spec_from_file_location("reward_of_the_user", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for replies
+        spec.loader.exec_module(module)
+    return lambda item: float(module.score(*item))
 
 
 class _Child:
@@ -153,7 +169,7 @@ def _answer(compute: Callable[[Any], Any], line: bytes) -> bytes:
     try:
         return json.dumps({"value": compute(json.loads(line))}).encode() + b"\n"
     except Exception as error:  # a parser that stumbles over garbage: no value, and the next item is another matter
-        return json.dumps({"error": type(error).__name__}).encode() + b"\n"
+        return json.dumps({"error": type(error).__name__, "detail": str(error)[:300]}).encode() + b"\n"
 
 
 def _give_up_rights() -> None:

@@ -26,7 +26,8 @@ _MAX_STARTS = 3
 
 
 class WorkerPool:
-    """Runs items of one kind (``math``, ``reasoning_gym``) in ``workers`` processes, at most ``limit_s`` seconds each.
+    """Runs items of one kind (``math``, ``reasoning_gym``, ``python:FILE``) in ``workers`` processes, at most
+    ``limit_s`` seconds each.
 
     Starts its processes when it is first used. Thread-safe: one batch at a time.
     """
@@ -142,7 +143,7 @@ class _Worker:
         if self._idle_starts >= _MAX_STARTS:
             raise UserError(
                 f"the {self.kind} worker process does not start; "
-                f"try `python -c 'import infir2.reward.worker_process as w; w.load({self.kind!r})'` to see why"
+                f'try `python -c "import infir2.reward.worker_process as w; w.load({self.kind!r})"` to see why'
             )
         self._start()
 

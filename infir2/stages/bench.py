@@ -2,7 +2,7 @@
 
 step      forward, forward + backward and optimiser of a whole model with random weights, in each precision
 decode    the rollout engine: prompts read and tokens made a second
-gemm      the three GEMMs of every linear shape of a model
+gemm      forward and weight-gradient GEMMs of every linear shape of a model, in TFLOP/s
 quantize  the quantiser's kernels: bytes read and written over time
 
 Figures are medians. --json writes them with command, commit, device and versions. Without a GPU, FP8 is emulated and
@@ -10,10 +10,12 @@ figures tell about this machine alone: the small presets and short sequences are
 """
 
 import argparse
+import itertools
 import json
 import sys
+import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from infir2.durable import check_output, write_output
 from infir2.errors import ConfigError
@@ -28,12 +30,19 @@ WITHOUT_GPU = ("micro", "tiny", "small-150m")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["step", "decode", "gemm", "quantize"])
-    parser.add_argument("--model", help=f"preset whose shapes are used ({_default('model')})")
-    parser.add_argument("--batch", type=int, default=2, help="sequences (2)")
-    parser.add_argument("--length", type=int, help=f"tokens of a sequence ({_default('length')})")
-    parser.add_argument("--new", type=int, help=f"decode: tokens made after a prompt of --length ({_default('new')})")
-    parser.add_argument("--cache", choices=["auto", "fp8"], default="auto", help="decode: dtype of keys and values")
-    parser.add_argument("--layers", type=int, default=0, help="decoder layers (0 = the model's)")
+    parser.add_argument("--model", help=f"preset whose shapes are used (default: {_default('model')})")
+    parser.add_argument("--batch", type=int, default=2, help="sequences (default: %(default)s)")
+    parser.add_argument(
+        "--length", type=int, help=f"tokens of a sequence; decode: of a prompt (default: {_default('length')})"
+    )
+    parser.add_argument("--new", type=int, help=f"decode: tokens made after the prompt (default: {_default('new')})")
+    parser.add_argument(
+        "--cache",
+        choices=["auto", "fp8"],
+        default="auto",
+        help="decode: dtype of keys and values (default: %(default)s)",
+    )
+    parser.add_argument("--layers", type=int, default=0, help="decoder layers (default: the model's)")
     parser.add_argument(
         "--precisions",
         nargs="+",
@@ -44,20 +53,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["bf16", "blockwise", "hybrid"],
         metavar="NAME",
         help=f"{', '.join(PRECISIONS)}; blockwise/bf16, hybrid/recompute: how gate and up are kept; /head: with an "
-        "FP8 output head",
+        "FP8 output head (default: bf16 blockwise hybrid)",
     )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="step: other implementations to measure")
     parser.add_argument("--optimizer", action="store_true", help="step: AdamW as well")
     parser.add_argument(
-        "--checkpointing", choices=["none", "attention", "full"], default="none", help="step: activation checkpointing"
+        "--checkpointing",
+        choices=["none", "attention", "full"],
+        default="none",
+        help="step: activation checkpointing (default: %(default)s)",
     )
     parser.add_argument("--layers-only", action="store_true", help="step: decoder layers without the output head")
     parser.add_argument(
-        "--moments", choices=["float32", "bfloat16"], default="float32", help="step: how AdamW keeps its moments"
+        "--moments",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="step: how AdamW keeps its moments (default: %(default)s)",
     )
     parser.add_argument("--eager", action="store_true", help="step: launch every kernel, instead of CUDA graphs")
     parser.add_argument("--no-compile", action="store_true", help="step: leave layers uncompiled")
-    parser.add_argument("--repeats", type=int, help=f"timed repetitions ({_default('repeats')})")
+    parser.add_argument("--repeats", type=int, help=f"timed repetitions (default: {_default('repeats')})")
     parser.add_argument("--profile", action="store_true", help="step, decode: GPU time by kernel family")
     parser.add_argument("--json", type=Path, help="write the figures here")
 
@@ -75,14 +90,15 @@ def run(args: argparse.Namespace) -> int:
         check_output(args.json, "--json")
     benches = {"step": step.run, "decode": decode.run, "gemm": kernels.gemm, "quantize": kernels.quantize}
     rows = benches[args.what](args, _tell)
-    for title, keys in _tables(rows):
-        table = Table(title=title or f"bench {args.what}: {args.model}, {args.batch} x {args.length}")
+    console = Console()
+    for number, keys in enumerate(_tables(rows, console.width)):
+        table = Table(title=f"bench {args.what}: {args.model}, {args.batch} x {args.length}" if number == 0 else None)
         for key in keys:
-            text = isinstance(rows[0][key], str)
-            table.add_column(key, justify="left" if text else "right", no_wrap=text, overflow="fold")
+            justify: Literal["left", "right"] = "left" if isinstance(rows[0][key], str) else "right"
+            table.add_column("\n".join(_heading(key)), justify=justify, no_wrap=True)
         for row in rows:
             table.add_row(*(_text(row.get(key)) for key in keys))
-        Console().print(table)
+        console.print(table)
     if args.json:
         write_output(args.json, json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
     return 0
@@ -116,16 +132,27 @@ def _tell(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
 
 
-def _tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """(title, columns) of the tables to print: speed and memory of a step do not fit one terminal line."""
+def _tables(rows: list[dict[str, Any]], width: int) -> list[list[str]]:
+    """The columns of each table to print, as many as fit its width beside those that say what a row is about."""
     keys = [key for key, value in rows[0].items() if not isinstance(value, dict)]
-    if "forward ms" not in keys:
-        return [("", keys)]
-    shares = [key for key in keys if key.endswith("speed-up")]
-    times = [key for key in keys if key.endswith(" ms")]
-    others = [key for key in keys[1:] if key not in times and key not in shares]
-    return [("", [keys[0], *times, *shares]), ("throughput and memory", [keys[0], *others])]
+    texts = {key: [*_heading(key), *(_text(row.get(key)) for row in rows)] for key in keys}
+    takes = {key: max(map(len, texts[key])) + 3 for key in keys}
+    names = list(itertools.takewhile(lambda key: isinstance(rows[0][key], str), keys))
+    free = width - 1 - sum(takes[key] for key in names)
+    tables: list[list[str]] = [[]]
+    for key in keys[len(names) :]:
+        if tables[-1] and sum(takes[one] for one in tables[-1]) + takes[key] > free:
+            tables.append([])
+        tables[-1].append(key)
+    return [[*names, *table] for table in tables]
+
+
+def _heading(key: str) -> list[str]:
+    """A column's name in lines, broken between words."""
+    return textwrap.wrap(key, max(10, *map(len, key.split())))
 
 
 def _text(value: Any) -> str:
-    return f"{value:,.2f}" if isinstance(value, float) else "-" if value is None else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+    return "-" if value is None else str(value)

@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precisions", nargs="+", default=["bf16", "blockwise", "hybrid"], type=_precision, metavar="NAME[+KEY=VALUE]",
         help="FP8 recipes to compare, each perhaps with other keys of the recipe changed; the first is the baseline "
-        "(bf16 blockwise hybrid)",
+        "(default: bf16 blockwise hybrid)",
     )  # fmt: skip
-    parser.add_argument("--seeds", nargs="+", type=_seed, default=[1, 2, 3], metavar="N", help="seeds (1 2 3)")
+    parser.add_argument("--seeds", nargs="+", type=_seed, default=[1, 2, 3], metavar="N", help="seeds (default: 1 2 3)")
     parser.add_argument("--json", type=Path, help="also write the result here")
 
 

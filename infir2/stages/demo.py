@@ -30,7 +30,7 @@ SMALL_GIB = 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="runs/demo", help="folder for everything (runs/demo)")
+    parser.add_argument("--out", default="runs/demo", help="folder for everything (default: %(default)s)")
     parser.add_argument(
         "--size", choices=SIZES,
         help="which chain: tiny, made for two CPU cores, or small, made for one GPU (default: small on a Hopper GPU of "

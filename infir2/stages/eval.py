@@ -17,6 +17,7 @@ has a confidence interval and the p-value of a sign-flip permutation test over p
 """
 
 import argparse
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -52,19 +53,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("models", nargs="+", metavar="MODEL", help="one or several models")
     add("--tasks", required=True, metavar="A,B", help="what to evaluate, separated by commas")
     add("--paired", action="store_true", help="compare the second model with the first, problem by problem")
-    add("--out", type=Path, help="folder for everything that is written (runs/eval/MODEL+MODEL...)")
+    add("--out", type=Path, help="folder for everything that is written (default: runs/eval/MODEL+MODEL...)")
     add("--samples", type=int, metavar="K", help="samples of each problem (default: the task's)")
-    add("--max-tokens", type=int, metavar="N", help="longest response (default: the task's)")
-    add("--temperature", type=float, metavar="T", help="(default: 0.65)")
-    add("--top-p", type=float, metavar="P", help="(default: 0.95)")
+    add("--max-tokens", type=int, metavar="N", help="longest response, in tokens (default: the task's)")
+    add("--temperature", type=float, metavar="T", help="sampling temperature; 0 = greedy (default: 0.65)")
+    add("--top-p", type=float, metavar="P", help="probability mass that is sampled from (default: 0.95)")
     add("--limit", type=int, metavar="N", help="only the first N problems of each task")
     add(
         "--data", type=Path, metavar="DIR", help="local copies of the benchmarks' rows, DIR/aime24/test.jsonl and so on"
     )
     add("--api-url", metavar="URL", help="ask this server, such as http://127.0.0.1:8000/v1")
     add("--api-key", help=f"its key; prefer the variable {KEY_VARIABLE}")
-    add("--concurrency", type=int, default=64, metavar="N", help="requests at a time to a server (%(default)s)")
-    add("--evalscope-python", type=Path, metavar="PATH", help="interpreter of an environment that has evalscope")
+    add(
+        "--concurrency", type=int, default=64, metavar="N", help="requests at a time to a server (default: %(default)s)"
+    )
+    add(
+        "--evalscope-python",
+        type=Path,
+        metavar="PATH",
+        help="interpreter of an environment that has evalscope (default: INFIR2_EVALSCOPE_PYTHON, else this one)",
+    )
     add("--unsafe-code-exec", action="store_true", help="run programs even where the sandbox does not hold")
     add_inference_arguments(parser)
 
@@ -200,6 +208,8 @@ def _models(
         for task, file in zip(tasks, files):
             asked = {"task": task.name, **task.sampling.__dict__, "limit": args.limit}
             asked["problems"] = digests.get(task.name)
+            if isinstance(task, LocalTask) and task.grader_file is not None:
+                asked["grader"] = hashlib.sha256(Path(task.grader_file).read_bytes()).hexdigest()
             origins[task.name] = Origin(name, file, {"weights": own, **engine}, asked)
         models.append(_Model(text, name, own, staged, origins))
     return models
@@ -257,15 +267,18 @@ class _Scorers:
 
     def __init__(self, unsafe_code_exec: bool) -> None:
         self._unsafe_code_exec = unsafe_code_exec
-        self._made: dict[str, Scorer] = {}
+        self._made: dict[tuple[str, str | None], Scorer] = {}
 
     def of(self, task: LocalTask) -> "Scorer":
         from infir2.reward.dispatch import reward_for
 
-        if task.grader not in self._made:
-            options = {"unsafe_code_exec": self._unsafe_code_exec} if task.grader == "code" else {}
-            self._made[task.grader] = reward_for(task.grader, **options)
-        return self._made[task.grader]
+        key = task.grader, task.grader_file
+        if key not in self._made:
+            options: dict[str, Any] = {"unsafe_code_exec": self._unsafe_code_exec} if task.grader == "code" else {}
+            if task.grader_file is not None:
+                options["file"] = task.grader_file
+            self._made[key] = reward_for(task.grader, **options)
+        return self._made[key]
 
     def close(self) -> None:
         for scorer in self._made.values():

@@ -239,6 +239,8 @@ def make_scorer(reward: RewardSection) -> "Scorer":
         options["limit_s"] = reward.limit_s
     if reward.workers and reward.kind != "choice":
         options["workers"] = reward.workers
+    if reward.file is not None:
+        options["file"] = reward.file
     return reward_for(reward.kind, **options)
 
 

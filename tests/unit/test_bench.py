@@ -33,6 +33,18 @@ def test_a_step_of_each_precision_and_of_a_peer(tmp_path: Path, capsys: pytest.C
     assert told == ["measuring infir2 bf16", "measuring infir2 hybrid/recompute", "measuring hf"]
 
 
+def test_a_narrow_terminal_breaks_no_word_and_no_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    (row,) = rows(tmp_path, "decode", "--batch", "2", "--length", "8", "--new", "6", "--precisions", "bf16")
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    for key, value in row.items():
+        assert all(word in shown for word in key.split())
+        assert bench._text(value) in shown
+
+
 def test_decoding(tmp_path: Path) -> None:
     (row,) = rows(tmp_path, "decode", "--batch", "2", "--length", "8", "--new", "6", "--precisions", "blockwise")
     assert row["decode tokens/s"] == pytest.approx(2e3 / row["step ms"])

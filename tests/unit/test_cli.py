@@ -44,7 +44,7 @@ def test_help_is_complete_and_needs_no_torch() -> None:
     done = infir2("--help")
     assert (done.returncode, done.stderr) == (0, "")
     for name, line in cli.COMMANDS.items():
-        assert f"{name:<8} {line}" in done.stdout
+        assert f"{name:<9} {line}" in done.stdout
     check = (
         "import sys, infir2.cli as c; c.main(['--help']); print(sorted({'torch', 'numpy', 'rich'} & set(sys.modules)))"
     )

@@ -186,6 +186,13 @@ def test_every_key_has_a_meaning(kind: type[Section]) -> None:
     assert [key for key, _, text in keys if not text] == []
 
 
+def test_the_list_of_keys_names_the_values_that_a_key_takes_and_its_default() -> None:
+    values = {key: told for key, told, _ in describe(RlConfig)}
+    assert values["policy.importance"] == '{off, token, sequence}  ["token"]'
+    assert values["optim.lr"] == "[required]"
+    assert values["train.seed"] == "[1236]"
+
+
 def test_a_config_cannot_be_changed(recipe: Path) -> None:
     config = load(CptConfig, recipe)
     with pytest.raises(ValueError, match="frozen"):

@@ -70,6 +70,13 @@ def test_summary_numbers_are_those_of_the_metrics(runs: list[Path]) -> None:
     assert (run.model, run.precision) == ("qwen2.5-1.5b", "FP8 hybrid")
 
 
+def test_the_time_of_a_run_counts_steps_that_were_not_written_down(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "sparse", 24, tensorboard=False, live=False) as writer:
+        for step, seconds in ((10, 2.0), (20, 3.0), (24, 1.0)):  # log.every = 10; the last step always has a line
+            writer.log(step, {"loss": 2.5, "step_time_s": seconds})
+    assert read_run(tmp_path / "sparse", "sparse").time_in_steps() == 10 * 2.0 + 10 * 3.0 + 4 * 1.0
+
+
 def test_one_run_without_config_health_or_evaluation(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path / "bare", 1, tensorboard=False, live=False) as writer:
         writer.log(1, {"loss": 2.5})

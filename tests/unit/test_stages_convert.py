@@ -137,8 +137,12 @@ def test_a_run(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for fact in (meta["data"]["sha256"], "2 steps", f"Started from: model folder `{start}`", "recipe `blockwise`"):
         assert fact in card
     assert json.dumps(meta["config"], indent=1) in card
-    assert main(["convert", str(run), str(tmp_path / "fp8"), "--to", "fp8"]) == 0
+    words = ["convert", str(run), str(tmp_path / "fp8"), "--to", "fp8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["/somewhere/infir2/__main__.py", *words])  # as a chain starts its stages
+        assert main(words) == 0
     card = (tmp_path / "fp8/README.md").read_text()
+    assert f"Converted by: `infir2 {' '.join(words)}`" in card
     assert "very ones that the trainer's next forward pass would use" in card
     assert "`lm_head` (the output head stays in bf16)" in card
     convert_model(str(tmp_path / "fp8"), tmp_path / "again")
