@@ -192,6 +192,8 @@ def test_limits(client: TestClient) -> None:
     assert ask(client, n=8).status_code == 200
     long = ask(client, max_tokens=65)
     assert (long.status_code, long.json()["error"]["param"]) == (400, "max_tokens")
+    huge = ask(client, top_k=2**63)  # as a number of the batch it would fail the step, and everybody's requests
+    assert (huge.status_code, huge.json()["error"]["param"]) == (400, "top_k")
     assert ask(client, max_completion_tokens=9, max_tokens=None).json()["usage"]["completion_tokens"] <= 9
     with pytest.raises(ConfigError, match="pending: 0"):
         ServerLimits(pending=0)
