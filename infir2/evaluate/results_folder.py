@@ -37,7 +37,7 @@ class Origin:
 def problems_digest(problems: Sequence[Problem]) -> str:
     """Changes when a problem does."""
     rows = [[problem.id, list(problem.messages), problem.label] for problem in problems]
-    return _sha256(json.dumps(rows, sort_keys=True, default=repr))
+    return _sha256(json.dumps(rows, sort_keys=True, default=repr).encode())
 
 
 class ResultsFolder:
@@ -70,20 +70,22 @@ class ResultsFolder:
         """The samples of a task that was finished before, by the same program; call ``check`` first."""
         try:
             record = json.loads(self._record_file(origin).read_bytes())
-            content = self.samples_file(origin).read_bytes().decode()
+            content = self.samples_file(origin).read_bytes()
             if record["program"] != self.program or record["sha256"] != _sha256(content):
                 return None
-            return [Sample(**json.loads(line)) for line in content.split("\n")[:-1]]
+            return [Sample(**json.loads(line)) for line in content.split(b"\n")[:-1]]
         except FileNotFoundError:
             return None
 
     def write(self, origin: Origin, samples: Sequence[Sample]) -> None:
         """Keep the samples of a task. Raises UserError where that cannot be."""
-        content = "".join(json.dumps(sample.__dict__, ensure_ascii=False) + "\n" for sample in samples)
+        text = "".join(json.dumps(sample.__dict__, ensure_ascii=False) + "\n" for sample in samples)
+        # Servers send halves of surrogate pairs, which UTF-8 does not have: like this they become JSON's escapes.
+        content = text.encode(errors="backslashreplace")
         record = {"model": origin.model, "task": origin.task, "program": self.program, "sha256": _sha256(content)}
         # In this order: samples never lie there without a record, and a record without its samples counts for nothing.
         _write(self._record_file(origin), json.dumps(record, indent=1) + "\n")
-        _write(self.samples_file(origin), content)
+        _write(self.samples_file(origin), content.decode())
 
     def write_figures(self, content: dict[str, Any]) -> None:
         """Write eval.json; figures of other tasks that are there stay. Raises UserError where that cannot be."""
@@ -140,5 +142,5 @@ def _write(path: Path, text: str) -> None:
     write_output(path, text)
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -77,10 +77,11 @@ class Run:
         return float(np.nanmax(values)) if len(values) and not np.isnan(values).all() else None
 
     def final_loss(self) -> float | None:
-        """Mean training loss over the last 5 % of the steps."""
+        """Mean training loss over the last 5 % of the steps, without those that were skipped; NaN where all were."""
         steps, values = self.series("loss")
         tail = values[steps > steps[-1] * (1 - FINAL_FRACTION)] if len(steps) else values
-        return float(np.mean(tail)) if len(tail) else None
+        finite = tail[np.isfinite(tail)]
+        return float(np.mean(finite)) if len(finite) else math.nan if len(tail) else None
 
 
 def read_run(path: Path, label: str) -> Run:

@@ -65,6 +65,8 @@ def test_summary_numbers_are_those_of_the_metrics(runs: list[Path]) -> None:
     assert run.final_loss() == pytest.approx(float(np.mean(losses[-3:])))
     assert math.isnan(losses[30])
     assert run.last("skipped") == 1
+    run.lines[-1 - [line["kind"] for line in run.lines[::-1]].index("train")]["loss"] = math.nan
+    assert run.final_loss() == pytest.approx(float(np.mean(losses[-3:-1]))), "a skipped step has no loss"
     assert run.steps_of("resume") == [39]
     assert run.last("tokens") == 60 * 2_097_152
     assert (run.model, run.precision) == ("qwen2.5-1.5b", "FP8 hybrid")
