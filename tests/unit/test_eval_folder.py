@@ -213,7 +213,8 @@ def test_samples_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     folder = results_folder.ResultsFolder(tmp_path, {"commit": None, "versions": {"a": "1"}})
     origin = results_folder.Origin("m", "t", {"weights": "w"}, {"task": "t"})
     written = [
-        results_folder.Sample("0", n, 0.5, 3, False, text) for n, text in enumerate(("a\u2028b\x85", "\r\n", "", "\ud83d é"))
+        results_folder.Sample("0", n, 0.5, 3, False, text)
+        for n, text in enumerate(("a\u2028b\x85", "\r\n", "", "\ud83d é"))
     ]
     folder.write(origin, written)
     assert folder.finished(origin) == written

@@ -23,7 +23,15 @@ COMMANDS = {
 def samples(wrong: set[int]) -> list[Sample]:
     return [
         Sample(
-            f"p{i}", k, 0.0 if i in wrong else 1.0, 12, False, f"<b>it is {i}</b> \ud83d", str(i), "boxed", f"How much is {i}?"
+            f"p{i}",
+            k,
+            0.0 if i in wrong else 1.0,
+            12,
+            False,
+            f"<b>it is {i}</b> \ud83d",
+            str(i),
+            "boxed",
+            f"How much is {i}?",
         )
         for i in range(6)
         for k in range(2)
