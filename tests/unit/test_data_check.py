@@ -1,4 +1,4 @@
-"""The look at token shards before training: what has been verified once is trusted for as long as it does not change."""
+"""The look at token shards before training: what was verified once is trusted for as long as it does not change."""
 
 import hashlib
 import os
