@@ -51,16 +51,20 @@ class Run:
 
     @property
     def model(self) -> str | None:
-        section = self.config.get("model", {})
+        section = self._section("model")
         source = section.get("preset") or section.get("path")
         return Path(source).name if source else None
 
     @property
     def precision(self) -> str | None:
-        section = self.config.get("fp8", {})
+        section = self._section("fp8")
         if section.get("recipe") in (None, "bf16"):
             return "BF16" if section else None
         return f"FP8 {section['recipe']}"
+
+    def _section(self, name: str) -> dict[str, Any]:
+        section = self.config.get(name)
+        return section if isinstance(section, dict) else {}
 
     def last(self, key: str, kind: str = "train") -> float | None:
         _, values = self.series(key, kind)

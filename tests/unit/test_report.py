@@ -120,7 +120,14 @@ def test_broken_folders_are_named(runs: list[Path], tmp_path: Path) -> None:
     (broken / "config.toml").write_text("a = = 1")
     with pytest.raises(UserError, match=r"config.toml: not valid TOML.*line 1"):
         write_report([broken], out)
+    (broken / "config.toml").write_text("model = 1")
+    write_report([broken], tmp_path / "foreign.html")
     (broken / "config.toml").unlink()
+    for line in ("{", "[]", '{"step": 1, "kind": "train"}'):
+        (broken / "samples.jsonl").write_text(f"{line}\n")
+        with pytest.raises(UserError, match=r"samples.jsonl: line 1 is no sample in JSON"):
+            write_report([broken], out)
+    (broken / "samples.jsonl").unlink()
     (broken / "run.json").write_text("[")
     with pytest.raises(UserError, match=r"run.json: not valid JSON"):
         write_report([broken], out)

@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 from rich.console import Console
 from starlette.websockets import WebSocketDisconnect
 
+from infir2 import cli
 from infir2.errors import ConfigError
 from infir2.launch.inference import InferenceOptions, load_engine
 from infir2.rollout.engine import Engine
@@ -352,3 +353,9 @@ def test_the_key_comes_from_option_environment_file_or_nowhere(tmp_path: Path, m
 def test_a_port_that_does_not_exist_is_named(port: int) -> None:
     with pytest.raises(ConfigError, match=f"--port: {port} is not between 0 and 65535"):
         listen("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("grace", ["nan", "inf", "-1"])
+def test_a_grace_that_is_no_time_is_named(grace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "gone", "--grace", grace]) == 2
+    assert f"--grace {float(grace)}: give seconds" in capsys.readouterr().err
