@@ -51,7 +51,7 @@ def read_samples(run: Path) -> list[dict[str, Any]]:
     path = run / "samples.jsonl"
     if not path.exists():
         return []
-    samples = []
+    samples: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
         try:
             sample = json.loads(line)

@@ -13,8 +13,9 @@ from small_run import loss_bits, metrics_lines, write_model, write_toml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infir2 import cli
+from infir2.checkpoint.folders import peek_meta
 from infir2.checkpoint.state import model_state
-from infir2.checkpoint.store import CheckpointStore, peek_meta
+from infir2.checkpoint.store import CheckpointStore
 from infir2.config import SftConfig, load
 from infir2.data import tokenizer as tok
 from infir2.data.sft import SftLoader
