@@ -17,6 +17,8 @@ from infir2.errors import UserError
 from infir2.evaluate.score import Sample
 from infir2.evaluate.tasks import Problem
 
+_LONGEST_NAME = 200
+"""Bytes; file systems take 255, and endings follow."""
 _ANOTHER = "give another --out, or move it away"
 
 
@@ -38,6 +40,25 @@ def problems_digest(problems: Sequence[Problem]) -> str:
     """Changes when a problem does."""
     rows = [[problem.id, list(problem.messages), problem.label] for problem in problems]
     return _sha256(json.dumps(rows, sort_keys=True, default=repr).encode())
+
+
+def file_name(name: str) -> str:
+    """A name that can stand in a folder, its end where it is too long for one."""
+    plain = "".join(character if character.isalnum() or character in "-_." else "-" for character in name)
+    return plain.encode()[-_LONGEST_NAME:].decode(errors="ignore").strip(".-") or "unnamed"
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """Each name, with a number behind it where it has been given out before: also where a file system does not tell
+    capital letters from small ones."""
+    given: dict[str, str] = {}
+    for name in names:
+        found, number = name, 1
+        while found.casefold() in given:
+            number += 1
+            found = f"{name}-{number}"
+        given[found.casefold()] = found
+    return list(given.values())
 
 
 class ResultsFolder:

@@ -226,6 +226,15 @@ def test_samples_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     assert problems_digest([problem]) != problems_digest([Problem("0", problem.messages, {"entry": {"answer": 2}})])
 
 
+def test_the_name_of_a_long_path_fits_a_file_system(tmp_path: Path) -> None:
+    folder = results_folder.ResultsFolder(tmp_path, {})
+    for task in (f"math:{'folder/' * 50}x.jsonl", "é" * 300, "../.."):
+        origin = results_folder.Origin("m", results_folder.file_name(task), {}, {"task": task})
+        folder.write(origin, [])
+        assert folder.finished(origin) == []
+    assert len(list(tmp_path.glob("m/*.jsonl"))) == 3
+
+
 def test_responses_longer_than_the_model_are_told_of(
     models: tuple[str, str], tasks: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
