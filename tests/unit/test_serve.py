@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,19 @@ def test_a_fault_of_the_engine_is_told_and_leaves_nothing(client: TestClient, en
     engine.flush_cache()  # the broken weights' keys and values
     assert client.get("/health").json() == {"status": "ok"}
     assert ask(client, seed=1).json()["choices"] == before
+
+
+def test_a_fault_while_a_stream_is_written_is_told_in_it(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such token")
+
+    monkeypatch.setattr(PieceStream, "push", fail)
+    last = ask(client, stream=True).text.strip().split("\n\n")[-1]
+    assert "see its log" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert "infir2_client_disconnects_total 0" in client.get("/metrics", headers=KEY).text, "the client was there"
+    deadline = time.monotonic() + 10
+    while set(held(client).values()) != {0}:  # the engine hears of it between two steps
+        assert time.monotonic() < deadline
 
 
 def test_a_fault_ends_only_what_the_failed_step_computed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
