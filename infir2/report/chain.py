@@ -38,13 +38,13 @@ def write_chain_report(folder: Path, out: Path) -> None:
     Raises UserError, naming the file, where something it needs is broken.
     """
     state = _read_state(folder / STATE_FILE)
+    evaluations = [_read_evaluation(path) for path in sorted(folder.glob("*/eval.json"))]
     runs = _runs(folder, state)
     groups = []
     for kind in TRAINING:
         if members := [run for word, run in runs if word == kind]:
             members.sort(key=lambda run: run.precision != "BF16")  # what the others are compared with comes first
             groups.append((KINDS[kind], _with_own_ids(group_of(members), kind)))
-    evaluations = [_read_evaluation(path) for path in sorted(folder.glob("*/eval.json"))]
     content = {
         "stages": [_stage(folder, name, facts, {run.label: run for _, run in runs}) for name, facts in state.items()],
         "scores": [table for evaluation in evaluations for table in _scores(evaluation)],
