@@ -288,7 +288,7 @@ _NOT_FETCHED = {
 
 
 class LineCounter:
-    """Counts the lines of files that grow to hundreds of MB, again and again: what has been counted is not read anew."""
+    """Counts the lines of files that grow to hundreds of MB, again and again: what was counted is not read anew."""
 
     def __init__(self, folders: Sequence[Path], pattern: str) -> None:
         self._folders, self._pattern = folders, pattern
