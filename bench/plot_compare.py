@@ -4,6 +4,7 @@ python bench/plot_compare.py bench/results/compare_138m_decay_h200.json docs/img
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def main(result_file: Path, out: Path) -> None:
             curves.plot([s for s, _ in held_out], [loss for _, loss in held_out], "o", color=colour, ms=4)
             if name != result["baseline"]:
                 pairs = zip(run["loss"], baseline[seed]["loss"])
-                percent = [100 * (a / b - 1) for a, b in pairs]
+                # None: the loss of a step that was skipped
+                percent = [math.nan if None in (a, b) else 100 * (a / b - 1) for a, b in pairs]
                 differences.plot(run["step"][: len(percent)], percent, color=colour, lw=0.8, label=label)
     curves.set(xlabel="step", title="training loss (lines), held-out loss (dots)")
     differences.set(xlabel="step", title=f"training loss against {result['baseline']}, same seed, percent")

@@ -39,11 +39,12 @@ from infir2.data.tokenizer import train_tokenizer
 from infir2.data.worked_solutions import Split, WorkedExample, worked_examples
 from infir2.errors import DataError
 from infir2.evaluate.score import Sample, paired, summarise
+from infir2.launch.rl_stage import engine_options
 from infir2.parallel.device import free_memory
 from infir2.parallel.runtime import World, world
 from infir2.reward.dispatch import reward_for
 from infir2.reward.score import Scorer
-from infir2.stages.rl import engine_options, train_rl
+from infir2.stages.rl import train_rl
 from infir2.stages.sft import train_sft
 from infir2.train.metrics import read_metrics
 

@@ -29,6 +29,7 @@ from infir2.data.tokenizer import load_tokenizer, train_tokenizer
 from infir2.data.worked_solutions import worked_examples
 from infir2.fp8.convert import refresh_weights
 from infir2.launch.chat_model import open_model
+from infir2.launch.rl_stage import RlStage, engine_options
 from infir2.launch.training import Trainee, build_trainee, train_stage
 from infir2.model.attention import document_attention
 from infir2.model.config import ModelConfig
@@ -41,7 +42,7 @@ from infir2.rl.objective import batch_logprobs
 from infir2.rl.policy_loss import mismatch
 from infir2.rollout.engine import Engine
 from infir2.rollout.records import Request, SamplingParams
-from infir2.stages.rl import Wiring, engine_options, make_scorer, read_data
+from infir2.stages.rl import make_scorer, read_data
 from infir2.train.metrics import MetricsWriter, read_metrics
 from infir2.types import IGNORE
 
@@ -101,7 +102,7 @@ def run_steps(
         MetricsWriter(Path(config.run), config.train.steps, tensorboard=False) as metrics,
     ):
         data = read_data(config, chat, scorer, False)
-        stage = Wiring(config, architecture, chat, folder, data, scorer, here).stage()
+        stage = RlStage(config, architecture, chat, folder, data, scorer, here).stage_data()
         # Without checkpoints: many GB of random weights.
         stopped = train_stage(config, here, stage, trainee, metrics)
     if stopped:

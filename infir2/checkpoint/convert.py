@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infir2.checkpoint.cause import reason
 from infir2.checkpoint.export_fp8 import Fp8Export
+from infir2.checkpoint.folders import TOKENIZER
 from infir2.checkpoint.huggingface import (
     DTYPES,
     MAX_SHARD_BYTES,
@@ -22,7 +24,7 @@ from infir2.checkpoint.huggingface import (
 )
 from infir2.checkpoint.model_source import ModelSource
 from infir2.checkpoint.safetensors_writer import TensorSpec
-from infir2.checkpoint.store import TOKENIZER, CheckpointStore, reason
+from infir2.checkpoint.store import CheckpointStore
 from infir2.data.tokenizer import copy_tokenizer
 from infir2.durable import write_file
 from infir2.errors import CheckpointError

@@ -1,15 +1,15 @@
 """A model to convert, whatever it lies in: a Hugging Face folder, an FP8 one, a training checkpoint or a run."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from infir2.checkpoint.folders import META, TOKENIZER, read_meta, tokenizer_of
 from infir2.checkpoint.fp8_format import Fp8Folder, ScaleFormat, check_quantization
 from infir2.checkpoint.huggingface import CONFIG, HfFolder, Tensors, read_config, stored_names
-from infir2.checkpoint.store import META, TOKENIZER, CheckpointStore, tokenizer_of
+from infir2.checkpoint.store import CheckpointStore
 from infir2.checkpoint.stored_model import StoredModel
 from infir2.data.tokenizer import has_tokenizer
 from infir2.errors import CheckpointError, how_to_fetch
@@ -89,8 +89,8 @@ def _from_folder(path: Path, dtype: torch.dtype) -> ModelSource:
 
 
 def _from_checkpoint(path: Path) -> ModelSource:
-    meta = json.loads((path / META).read_bytes())
-    if not isinstance(meta, dict) or not isinstance(meta.get("architecture"), dict):
+    meta = read_meta(path)
+    if not isinstance(meta.get("architecture"), dict):
         raise CheckpointError(f"{path / META}: names no architecture, so this is no checkpoint of a model")
     architecture = from_hf(meta["architecture"], f"{path / META}: architecture")
     tensors = StoredModel(path)

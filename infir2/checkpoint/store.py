@@ -8,7 +8,6 @@ always noticed.
 
 import json
 import logging
-import re
 import shutil
 import threading
 import warnings
@@ -22,16 +21,13 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from infir2.checkpoint import manifest, safe_reader
+from infir2.checkpoint.cause import reason
+from infir2.checkpoint.folders import META, STEP, read_meta, step_folders
 from infir2.checkpoint.ranks import Ranks
 from infir2.checkpoint.state import cpu_copy, flatten
-from infir2.data.tokenizer import has_tokenizer
 from infir2.durable import write_file
 from infir2.errors import CheckpointError, some_of
 
-META = "meta.json"
-TOKENIZER = "tokenizer"
-"""Folder of a run, beside its checkpoints, with its tokenizer; in a converted one also with what is carried."""
-_STEP = re.compile(r"step-(\d{6,})")
 _log = logging.getLogger(__name__)
 # DCP says this at every save and load of a single process, where it is what we mean.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable", category=UserWarning)
@@ -253,7 +249,7 @@ class CheckpointStore:
             _log.warning("%s: an old checkpoint could not be deleted: %s", self.root, reason(error))
 
     def _surplus(self, saved: Path) -> list[Path]:
-        steps = _steps(self.root)
+        steps = step_folders(self.root)
         intact = [(step, path) for step, path in steps if path not in self._damaged]
         kept = {path for _, path in intact[: self.keep]} | {saved}
         kept |= {path for step, path in steps if self.keep_every and step % self.keep_every == 0}
@@ -262,7 +258,7 @@ class CheckpointStore:
         return [path for _, path in steps if path not in kept]
 
     def _newest_intact(self, folder: Path) -> Path | None:
-        steps = self._ranks.lead(lambda: _steps(folder))
+        steps = self._ranks.lead(lambda: step_folders(folder))
         for _, path in steps:
             problems = self._problems_of(path)
             if not problems:
@@ -312,46 +308,6 @@ class _ReadWhenWritten(DefaultSavePlanner):
         return self._read(index.fqn)
 
 
-def peek_meta(text: str | Path) -> dict[str, Any] | None:
-    """``meta`` of the newest checkpoint that a user means (see ``find``), unverified; None where there is none to read.
-
-    For what must be known before a model is built. What is loaded later is verified. ``tokenizer`` in it is what
-    ``tokenizer_of`` finds.
-    """
-    path = Path(text).expanduser()
-    folders = [path, *(step for root in (path / "checkpoints", path) for _, step in _steps(root))]
-    for folder in folders:
-        try:
-            meta = json.loads((folder / META).read_bytes())
-        except (OSError, ValueError):
-            continue
-        if isinstance(meta, dict) and "architecture" in meta:  # else another program's file of this name
-            tokenizer = tokenizer_of(folder, meta)
-            return {**meta, "tokenizer": str(tokenizer) if tokenizer else None}
-    return None
-
-
-def tokenizer_of(checkpoint: Path, meta: Mapping[str, Any]) -> Path | None:
-    """Folder of the tokenizer that the model in a checkpoint knows: the one in its run, else the one that meta names.
-
-    In this order, because a run may be moved, and another one with another tokenizer may be made in its place.
-    """
-    beside = checkpoint.absolute().parent.parent / TOKENIZER
-    recorded = Path(meta["tokenizer"]) if meta.get("tokenizer") else None
-    return next((place for place in (beside, recorded) if place and has_tokenizer(place)), None)
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """``meta`` of one checkpoint folder that has been verified. Raises CheckpointError where it is no JSON object."""
-    try:
-        meta = json.loads((path / META).read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / META}: cannot be read as JSON: {error}") from None
-    if not isinstance(meta, dict):
-        raise CheckpointError(f"{path / META}: not a JSON object")
-    return meta
-
-
 def _make_empty(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
@@ -359,21 +315,10 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir()
 
 
-def _steps(root: Path) -> list[tuple[int, Path]]:
-    """The step folders in ``root``, newest first."""
-    try:
-        if not root.is_dir():
-            return []
-        found = [(match, path) for path in root.iterdir() if (match := _STEP.fullmatch(path.name))]
-        return sorted(((int(match[1]), path) for match, path in found if path.is_dir()), reverse=True)
-    except OSError as error:
-        raise CheckpointError(f"{root}: cannot be read: {reason(error)}") from error
-
-
 def _kind_of_folder(path: Path) -> Literal["missing", "step", "folder"]:
     if not path.is_dir():
         return "missing"
-    return "step" if _STEP.fullmatch(path.name) or (path / manifest.MANIFEST).exists() else "folder"
+    return "step" if STEP.fullmatch(path.name) or (path / manifest.MANIFEST).exists() else "folder"
 
 
 def _fingerprint(path: Path) -> list[tuple[str, int, int, int]]:
@@ -415,15 +360,3 @@ def _account_for_keys(
         lines.append(f"different shape or dtype: {some_of(differ)}")
     if lines:
         raise CheckpointError(f"{path}: does not fit this model: {'; '.join(lines)}")
-
-
-def reason(error: BaseException) -> str:
-    """The cause of a failure in one line: the operating system's word where there is one."""
-    if isinstance(error, dcp.CheckpointException):
-        return reason(next(iter(error.failures.values()))[0])
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return f"{cause.strerror} ({cause.filename})" if cause.filename else cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -8,8 +8,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from infir2.checkpoint import manifest, safe_reader
+from infir2.checkpoint.cause import reason
 from infir2.checkpoint.safetensors_writer import TAGS
-from infir2.checkpoint.store import reason
 from infir2.errors import CheckpointError
 
 _PREFIX = "model."

@@ -124,7 +124,8 @@ def run_benchmarks(
         "code_s": CODE_SECONDS,
         "unsafe_code": settings.unsafe_code_exec,
     }
-    _run(order, endpoint, settings, out, lambda: progress(_finished(tasks), samples))
+    scored = LineCounter([Path(task["work_dir"]) for task in tasks], "reviews/*/*.jsonl")
+    _run(order, endpoint, settings, out, lambda: progress(scored.count(), samples))
     found = {one.name: read_samples(Path(task["work_dir"]), one) for one, task in zip(benchmarks, tasks)}
     for task in tasks:
         (Path(task["work_dir"]) / _COMPLETE).touch()
@@ -286,10 +287,23 @@ _NOT_FETCHED = {
 }  # fmt: skip
 
 
-def _finished(tasks: Sequence[dict[str, Any]]) -> int:
-    """Samples that have been scored so far."""
-    files = [file for task in tasks for file in Path(task["work_dir"]).glob("reviews/*/*.jsonl")]
-    return sum(file.read_bytes().count(b"\n") for file in files)
+class LineCounter:
+    """Counts the lines of files that grow to hundreds of MB, again and again: what was counted is not read anew."""
+
+    def __init__(self, folders: Sequence[Path], pattern: str) -> None:
+        self._folders, self._pattern = folders, pattern
+        self._counted: dict[Path, tuple[int, int]] = {}
+        """File -> its bytes that were read, and the lines in them."""
+
+    def count(self) -> int:
+        """Lines of all files that match so far."""
+        for path in (path for folder in self._folders for path in folder.glob(self._pattern)):
+            size, lines = self._counted.get(path, (0, 0))
+            with open(path, "rb") as file:
+                file.seek(size)
+                new = file.read()
+            self._counted[path] = size + len(new), lines + new.count(b"\n")
+        return sum(lines for _, lines in self._counted.values())
 
 
 def _whole_text(content: Any) -> str:

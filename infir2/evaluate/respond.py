@@ -4,16 +4,17 @@ Every sample has a seed of its own, a function of (seed, problem, number of the 
 compared draw with the same random numbers, and the engine and our server give the same samples.
 """
 
+import contextlib
 import hashlib
 import http.client
 import json
+import queue
 import random
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
@@ -114,23 +115,41 @@ class ApiResponder:
         self.concurrency, self.timeout_s = concurrency, timeout_s
         self.pause_s = FIRST_PAUSE_S
         self._has_answered = False
-        self._given_up = threading.Event()
 
     def respond(self, asked: Sequence[Asked], sampling: Sampling, progress: Progress) -> list[Response]:
-        self._given_up.clear()
-        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="ask") as pool:
-            futures = [pool.submit(self._ask, one, sampling) for one in asked]
-            try:
-                for finished, future in enumerate(as_completed(futures), 1):
-                    future.result()
-                    progress(finished, len(futures))
-            except BaseException:
-                self._given_up.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            return [future.result() for future in futures]
+        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        answered: queue.SimpleQueue[tuple[int, Response | BaseException]] = queue.SimpleQueue()
+        given_up = threading.Event()
 
-    def _ask(self, asked: Asked, sampling: Sampling) -> Response:
+        def work() -> None:
+            with contextlib.suppress(queue.Empty):
+                while not given_up.is_set():
+                    number = waiting.get_nowait()
+                    try:
+                        answered.put((number, self._ask(asked[number], sampling, given_up)))
+                    except BaseException as error:
+                        answered.put((number, error))
+
+        for number in range(len(asked)):
+            waiting.put(number)
+        # Daemons, and no pool, which would wait: after a failure or Ctrl-C nobody wants the answers that are under way,
+        # and one of 30,000 tokens takes minutes.
+        for _ in range(min(self.concurrency, len(asked))):
+            threading.Thread(target=work, name="ask", daemon=True).start()
+        found: dict[int, Response] = {}
+        try:
+            while len(found) < len(asked):
+                number, answer = answered.get()
+                if isinstance(answer, BaseException):
+                    raise answer
+                found[number] = answer
+                progress(len(found), len(asked))
+        finally:
+            given_up.set()
+        return [found[number] for number in range(len(asked))]
+
+    def _ask(self, asked: Asked, sampling: Sampling, given_up: threading.Event) -> Response:
+        """Ask, and again where that may help, until ``given_up``. Raises UserError."""
         body = {
             "model": self.model,
             "messages": list(asked.messages),
@@ -156,10 +175,9 @@ class ApiResponder:
                 again = self._has_answered and not isinstance(reason, TimeoutError)
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise UserError(f"{self.url}: not the answer of an OpenAI-compatible server: {error!r}") from None
-            pause = max(
-                wanted, self.pause_s * 2**asked_before * random.uniform(0.75, 1.25)
-            )  # not all at the same moment
-            if not again or asked_before + 1 == MAX_ASKED or self._given_up.wait(pause):
+            jitter = random.uniform(0.75, 1.25)  # not all at the same moment
+            pause = max(wanted, self.pause_s * 2**asked_before * jitter)
+            if not again or asked_before + 1 == MAX_ASKED or given_up.wait(pause):
                 break
         raise UserError(f"{self.url}: {trouble}")
 

@@ -17,6 +17,8 @@ from infir2.errors import UserError
 from infir2.evaluate.score import Sample
 from infir2.evaluate.tasks import Problem
 
+_LONGEST_NAME = 200
+"""Bytes; file systems take 255, and endings follow."""
 _ANOTHER = "give another --out, or move it away"
 
 
@@ -37,7 +39,26 @@ class Origin:
 def problems_digest(problems: Sequence[Problem]) -> str:
     """Changes when a problem does."""
     rows = [[problem.id, list(problem.messages), problem.label] for problem in problems]
-    return _sha256(json.dumps(rows, sort_keys=True, default=repr))
+    return _sha256(json.dumps(rows, sort_keys=True, default=repr).encode())
+
+
+def file_name(name: str) -> str:
+    """A name that can stand in a folder, its end where it is too long for one."""
+    plain = "".join(character if character.isalnum() or character in "-_." else "-" for character in name)
+    return plain.encode()[-_LONGEST_NAME:].decode(errors="ignore").strip(".-") or "unnamed"
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """Each name, with a number behind it where it has been given out before: also where a file system does not tell
+    capital letters from small ones."""
+    given: dict[str, str] = {}
+    for name in names:
+        found, number = name, 1
+        while found.casefold() in given:
+            number += 1
+            found = f"{name}-{number}"
+        given[found.casefold()] = found
+    return list(given.values())
 
 
 class ResultsFolder:
@@ -70,20 +91,22 @@ class ResultsFolder:
         """The samples of a task that was finished before, by the same program; call ``check`` first."""
         try:
             record = json.loads(self._record_file(origin).read_bytes())
-            content = self.samples_file(origin).read_bytes().decode()
+            content = self.samples_file(origin).read_bytes()
             if record["program"] != self.program or record["sha256"] != _sha256(content):
                 return None
-            return [Sample(**json.loads(line)) for line in content.split("\n")[:-1]]
+            return [Sample(**json.loads(line)) for line in content.split(b"\n")[:-1]]
         except FileNotFoundError:
             return None
 
     def write(self, origin: Origin, samples: Sequence[Sample]) -> None:
         """Keep the samples of a task. Raises UserError where that cannot be."""
-        content = "".join(json.dumps(sample.__dict__, ensure_ascii=False) + "\n" for sample in samples)
+        text = "".join(json.dumps(sample.__dict__, ensure_ascii=False) + "\n" for sample in samples)
+        # Servers send halves of surrogate pairs, which UTF-8 does not have: like this they become JSON's escapes.
+        content = text.encode(errors="backslashreplace")
         record = {"model": origin.model, "task": origin.task, "program": self.program, "sha256": _sha256(content)}
         # In this order: samples never lie there without a record, and a record without its samples counts for nothing.
         _write(self._record_file(origin), json.dumps(record, indent=1) + "\n")
-        _write(self.samples_file(origin), content)
+        _write(self.samples_file(origin), content.decode())
 
     def write_figures(self, content: dict[str, Any]) -> None:
         """Write eval.json; figures of other tasks that are there stay. Raises UserError where that cannot be."""
@@ -140,5 +163,5 @@ def _write(path: Path, text: str) -> None:
     write_output(path, text)
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -76,11 +76,13 @@ def check_same_ids(model: Path, chosen: Path) -> None:
 
 
 def _verify(files: Sequence[ShardFile], quiet: bool) -> dict[str, str]:
+    # Before the hashes: what changes while it is read is read again next time.
+    facts = {str(file.path): _facts(file) for file in files if file.path.suffix == ".bin"}
     with bytes_bar(Console(quiet=quiet), "verifying data") as report:
         advance = by_pieces(report, sum(file.size for file in files))
         for file in files:
             file.check_hash(advance)
-    return {str(file.path): _facts(file) for file in files if file.path.suffix == ".bin"}
+    return facts
 
 
 def _facts(file: ShardFile) -> str:

@@ -101,8 +101,9 @@ def load_engine(
     model, report = load_model(source, options, device, console)
     if report.converted:
         console.print(str(report))
+    tokens = options.cache_tokens
     engine_options = EngineOptions(
-        cache_tokens=options.cache_tokens or _default_cache_tokens(model, options, device),
+        cache_tokens=_default_cache_tokens(model, options, device) if tokens is None else tokens,
         max_sequences=options.max_sequences,
         max_batch_tokens=max(options.max_batch_tokens, options.max_sequences),
         max_length=options.max_length,

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from infir2.checkpoint.folders import peek_meta
 from infir2.checkpoint.huggingface import load_into, read_config
 from infir2.checkpoint.state import model_state
-from infir2.checkpoint.store import CheckpointStore, peek_meta
+from infir2.checkpoint.store import CheckpointStore
 from infir2.config import Fp8Section, TrainingConfig
 from infir2.data.tokenizer import has_tokenizer
 from infir2.errors import CheckpointError, ConfigError

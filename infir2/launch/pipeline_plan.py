@@ -77,7 +77,10 @@ class Plan:
     def state(self) -> dict[str, dict[str, Any]]:
         """stage -> what is known of it. Raises ConfigError for a damaged file."""
         try:
-            return json.loads(self.state_file.read_text(encoding="utf-8"))
+            state = json.loads(self.state_file.read_text(encoding="utf-8"))
+            if not isinstance(state, dict) or not all(isinstance(facts, dict) for facts in state.values()):
+                raise ValueError("not a table of stages")
+            return state
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
@@ -134,7 +137,8 @@ def make_plan(config: PipelineConfig, file: str) -> Plan:
         known = {**places, "out": str(run / stage.name), "run": str(run)}
         filled = tuple(_fill(word, known, where) for word in words)
         read = sorted({name for word in words for name in _PLACE.findall(word)} - {"out", "run"})
-        own = [word for plain, word in zip(words, filled) if set(_PLACE.findall(plain)) <= config.vars.keys()]
+        # The first word is the command's name: a folder of that name here is another matter.
+        own = [word for plain, word in zip(words[1:], filled[1:]) if set(_PLACE.findall(plain)) <= config.vars.keys()]
         facts = {
             "words": words,
             "read": {name: fingerprints.get(name) or config.vars[name] for name in read},

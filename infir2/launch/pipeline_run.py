@@ -1,11 +1,13 @@
 """Run one stage of a pipeline as a process of its own, so that its memory ends with it."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -62,11 +64,17 @@ def _run(command: list[str]) -> tuple[int, int]:
     """
     process: subprocess.Popen[bytes] | None = None
     told: list[int] = []
+    waiting: deque[int] = deque()  # not handed on yet
 
     def hand_on(number: int, frame: Any) -> None:
         told.append(number)
-        if process is not None:
-            process.send_signal(number)
+        waiting.append(number)
+        deliver()
+
+    def deliver() -> None:  # each signal once, though another one may come at any point of this
+        while process is not None and waiting:
+            with contextlib.suppress(IndexError):
+                process.send_signal(waiting.popleft())
 
     def suspend(number: int, frame: Any) -> None:  # Ctrl-Z, which does not reach the group of the command either
         if process is not None:
@@ -79,8 +87,7 @@ def _run(command: list[str]) -> tuple[int, int]:
     try:
         prepare = _end_with_parent if sys.platform == "linux" else None
         process = subprocess.Popen(command, preexec_fn=prepare, process_group=0)
-        for number in told:  # while it was being started
-            process.send_signal(number)
+        deliver()  # what came while it was being started
         return process.wait(), told[0] if told else 0
     finally:
         for number, handler in earlier.items():

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infir2.checkpoint.store import CheckpointStore, read_meta
+from infir2.checkpoint.folders import read_meta
+from infir2.checkpoint.store import CheckpointStore
 from infir2.config import TrainingConfig
 from infir2.errors import CheckpointError
 from infir2.launch.resume import changes_on_resume

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import shutil
-import uuid
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +15,7 @@ from infir2.data.chat import ChatTokenizer
 from infir2.data.conversations import ConversationSource
 from infir2.data.documents import RowLedger
 from infir2.data.order import held_out_rows
+from infir2.data.replaced_folder import built_beside
 from infir2.data.sft import RowCounts, TokenRows, tokenize_rows
 from infir2.errors import DataError
 from infir2.launch.progress import share_bar
@@ -110,19 +109,13 @@ def _open_rows(folder: Path, key: str) -> SftRows | None:
 
 
 def _save_rows(rows: SftRows, folder: Path, key: str) -> None:
-    """Write the rows beside their place and rename them into it, replacing older ones."""
-    temporary = folder.with_name(f".rows-{uuid.uuid4().hex[:8]}")
+    """Put the rows into their place, whole, instead of older ones."""
     hashes = {"sha256": rows.sha256, "held_out_sha256": rows.held_out_sha256}
     record = {"key": key, **hashes, "counts": {name: asdict(c) for name, c in rows.counts.items()}}
     try:
-        temporary.mkdir(parents=True)
-        rows.train.save(temporary, "train")
-        rows.validation.save(temporary, "validation")
-        (temporary / "rows.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        with built_beside(folder) as temporary:
+            rows.train.save(temporary, "train")
+            rows.validation.save(temporary, "validation")
+            (temporary / "rows.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

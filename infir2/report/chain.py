@@ -37,14 +37,14 @@ def write_chain_report(folder: Path, out: Path) -> None:
 
     Raises UserError, naming the file, where something it needs is broken.
     """
-    state: dict[str, dict[str, Any]] = _read_json(folder / STATE_FILE)
+    state = _read_state(folder / STATE_FILE)
+    evaluations = [_read_evaluation(path) for path in sorted(folder.glob("*/eval.json"))]
     runs = _runs(folder, state)
     groups = []
     for kind in TRAINING:
         if members := [run for word, run in runs if word == kind]:
             members.sort(key=lambda run: run.precision != "BF16")  # what the others are compared with comes first
             groups.append((KINDS[kind], _with_own_ids(group_of(members), kind)))
-    evaluations = [_read_json(path) for path in sorted(folder.glob("*/eval.json"))]
     content = {
         "stages": [_stage(folder, name, facts, {run.label: run for _, run in runs}) for name, facts in state.items()],
         "scores": [table for evaluation in evaluations for table in _scores(evaluation)],
@@ -102,7 +102,7 @@ def _run_result(run: Run) -> str:
 
 def _file_result(place: Path) -> str:
     if (place / "eval.json").is_file():
-        *_, last = _read_json(place / "eval.json")["models"]
+        *_, last = _read_evaluation(place / "eval.json")["models"]
         scores = (f"{_short(task)} {score['average']:.1%}" for task, score in last["tasks"].items())
         return f"{', '.join(scores)} ({last['name']})"
     files = [path for path in (place, *place.parent.glob(f"{place.name}.*"), *place.rglob("*")) if path.is_file()]
@@ -156,7 +156,7 @@ def _points(low: float | None, high: float | None) -> str:
 
 def _answers(folder: Path) -> list[dict[str, Any]]:
     """For some problems of each task the first response of every model: first those that only the last ones solve."""
-    names = [model["name"] for model in _read_json(folder / "eval.json")["models"]]
+    names = [model["name"] for model in _read_evaluation(folder / "eval.json")["models"]]
     shown = []
     for path in sorted((folder / names[0]).glob("*.jsonl")) if len(names) > 1 else []:
         by_model = {name: _first_samples(folder / name / path.name) for name in names}
@@ -196,6 +196,23 @@ def _with_own_ids(group: dict[str, Any], name: str) -> dict[str, Any]:
         ]
 
     return {**group, "plots": renamed(group["plots"]), "heat_maps": renamed(group["heat_maps"])}
+
+
+def _read_state(path: Path) -> dict[str, dict[str, Any]]:
+    """stage -> what `infir2 pipeline` knows of it."""
+    state = _read_json(path)
+    if not isinstance(state, dict) or not all(isinstance(facts, dict) for facts in state.values()):
+        raise UserError(f"{path}: not a table of stages; `infir2 pipeline` writes another")
+    return state
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    """eval.json as `infir2 eval` writes it."""
+    found = _read_json(path)
+    models = found.get("models") if isinstance(found, dict) else None
+    if not models or not all(isinstance(model, dict) and {"name", "tasks"} <= model.keys() for model in models):
+        raise UserError(f"{path}: not written by `infir2 eval`; move it away")
+    return found
 
 
 def _read_json(path: Path) -> Any:

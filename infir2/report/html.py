@@ -86,7 +86,7 @@ def write_page(out: Path, template: str, title: str, kicker: str, content: dict[
     html = environment.get_template(template).render(
         title=title, kicker=kicker, made=made, version=__version__, **content
     )
-    write_output(out, html)
+    write_output(out, html.encode(errors="replace").decode())  # answers may hold halves of surrogate pairs
 
 
 def group_of(runs: Sequence[Run]) -> dict[str, Any]:

@@ -51,16 +51,20 @@ class Run:
 
     @property
     def model(self) -> str | None:
-        section = self.config.get("model", {})
+        section = self._section("model")
         source = section.get("preset") or section.get("path")
         return Path(source).name if source else None
 
     @property
     def precision(self) -> str | None:
-        section = self.config.get("fp8", {})
+        section = self._section("fp8")
         if section.get("recipe") in (None, "bf16"):
             return "BF16" if section else None
         return f"FP8 {section['recipe']}"
+
+    def _section(self, name: str) -> dict[str, Any]:
+        section = self.config.get(name)
+        return section if isinstance(section, dict) else {}
 
     def last(self, key: str, kind: str = "train") -> float | None:
         _, values = self.series(key, kind)
@@ -82,10 +86,11 @@ class Run:
         return float(np.nansum(seconds * np.diff(steps, prepend=0)))
 
     def final_loss(self) -> float | None:
-        """Mean training loss over the last 5 % of the steps."""
+        """Mean training loss over the last 5 % of the steps, without those that were skipped; NaN where all were."""
         steps, values = self.series("loss")
         tail = values[steps > steps[-1] * (1 - FINAL_FRACTION)] if len(steps) else values
-        return float(np.mean(tail)) if len(tail) else None
+        finite = tail[np.isfinite(tail)]
+        return float(np.mean(finite)) if len(finite) else math.nan if len(tail) else None
 
 
 def read_run(path: Path, label: str) -> Run:

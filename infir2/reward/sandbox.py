@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from infir2.errors import UserError
+from infir2.reward.cores import usable_cores
 
 LAYERS = ("namespaces", "landlock", "seccomp")
 Status = Literal["exited", "signal", "timeout", "output"]
@@ -45,17 +46,6 @@ _log = logging.getLogger(__name__)
 _LAUNCH = "import sys; sys.path.append({root!r}); from infir2.reward.launcher import main; main()"
 _SYSTEM_PATHS = ("/usr", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache")
 _STDERR_BYTES = 16_384
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: those it is bound to, and no more than its control group's share of time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        cores = min(cores, quota // period)
-    return max(1, cores)
-
-
 # Time limits are on the wall: with more programs at once than cores, a verdict would depend on who else is judged.
 _ROOM = threading.BoundedSemaphore(usable_cores())
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from infir2.errors import UserError
+from infir2.reward.cores import usable_cores
 
 _START_S = 120.0  # a worker imports sympy, on a busy machine
 _GRACE_S = 5.0
@@ -36,7 +37,7 @@ class WorkerPool:
         if limit_s <= 0:
             raise ValueError(f"limit_s must be positive, not {limit_s}")
         self.kind, self.limit_s = kind, limit_s
-        self.count = workers or max(1, min(8, (os.cpu_count() or 2) - 1))
+        self.count = workers or max(1, min(8, usable_cores() - 1))
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _stop_all, self._workers)
@@ -124,8 +125,10 @@ class _Worker:
     def send(self, item: int, items: Sequence[Any]) -> None:
         self.item = item
         self.deadline = time.monotonic() + self.limit_s + (_START_S if self._fresh else _GRACE_S)
+        line = memoryview(json.dumps(items[item]).encode() + b"\n")
         with contextlib.suppress(BrokenPipeError):  # a process that has gone is seen when its reply is awaited
-            self.requests.write(json.dumps(items[item]).encode() + b"\n")
+            while line:  # a signal may cut a long write short
+                line = line[self.requests.write(line) :]
 
     def receive(self) -> dict[str, Any] | None:
         """The reply; None if the process has gone. Replies are one line, written at once by code that we trust."""

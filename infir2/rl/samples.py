@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 MAX_TEXT = 8000
 """Characters of a text that are kept: its end, where the answer is."""
+_KEYS = {
+    *("step", "kind", "question", "response", "reward", "group_reward", "answer", "decided", "tokens", "finish"),
+    "version",
+}
 
 
 class SampleLog:
@@ -40,16 +44,22 @@ class SampleLog:
 
 
 def read_samples(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's samples.jsonl, oldest first; empty where there is none. A torn last line is left out."""
+    """The lines of a run's samples.jsonl, oldest first; empty where there is none. A torn last line is left out.
+
+    Raises UserError, naming the line, for one that SampleLog does not write.
+    """
     path = run / "samples.jsonl"
     if not path.exists():
         return []
-    samples = []
+    samples: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
         try:
-            samples.append(json.loads(line))
+            sample = json.loads(line)
         except ValueError:
-            raise UserError(f"{path}: line {len(samples) + 1} is not JSON; mend or remove it") from None
+            sample = None
+        if not isinstance(sample, dict) or not sample.keys() >= _KEYS:
+            raise UserError(f"{path}: line {len(samples) + 1} is no sample in JSON; mend or remove it")
+        samples.append(sample)
     return samples
 
 

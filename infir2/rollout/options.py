@@ -33,6 +33,10 @@ class EngineOptions:
         for name in ("cache_tokens", "block_size", "max_sequences", "max_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is less than 1")
+        if self.max_length is not None and self.max_length < 1:
+            raise ConfigError(f"max_length: {self.max_length} is less than 1")
+        if self.decode_rounds < 0:
+            raise ConfigError(f"decode_rounds: {self.decode_rounds} is less than 0")
         if self.max_sequences > self.max_batch_tokens:
             raise ConfigError(
                 f"max_batch_tokens: {self.max_batch_tokens} is less than max_sequences ({self.max_sequences}), "

@@ -9,6 +9,9 @@ from infir2.errors import UserError
 FinishReason = Literal["stop", "length", "abort"]
 LEAST_TEMPERATURE = 1e-5
 """Logits divided by less leave the range of float32, and long before that only the most likely token is drawn."""
+LARGEST_TOP_K = 2**31 - 1
+"""Far above any vocabulary. It becomes a 64-bit number of a batch: one that is too large would fail all the requests
+in it."""
 
 
 class RequestError(UserError):
@@ -24,7 +27,7 @@ class SamplingParams:
     top_p: float = 1.0
     """Keep the most likely tokens up to this probability, the one that crosses it included. Applied after ``top_k``."""
     top_k: int = 0
-    """Keep this many of the most likely tokens; 0 keeps all."""
+    """Keep this many of the most likely tokens; 0 keeps all. At most LARGEST_TOP_K."""
     max_new_tokens: int = 256
     n: int = 1
     """Samples of the prompt. Each draws its own numbers; the prompt's keys and values are shared."""
@@ -56,6 +59,8 @@ class SamplingParams:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise RequestError(f"{name}: {value!r} is not a whole number of at least {least}")
+        if self.top_k > LARGEST_TOP_K:
+            raise RequestError(f"top_k: {self.top_k} is above {LARGEST_TOP_K}")
         if self.seed is not None and type(self.seed) is not int:
             raise RequestError(f"seed: {self.seed!r} is not a whole number")
         if "" in self.stop:

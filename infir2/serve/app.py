@@ -287,6 +287,8 @@ class _EventStream(StreamingResponse):
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
         except EngineFault as error:
             status = json.dumps(ApiError(500, str(error)).body())
+        except Exception as error:  # the status has been sent: the stream is where it can still be told
+            status = json.dumps(_failed(error).body())
         yield f"data: {status}\n\n"
         self._whole = True
 
@@ -313,8 +315,12 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 
 
 async def _fault(request: Request, error: Exception) -> Response:
+    return _failed(error).response()
+
+
+def _failed(error: Exception) -> ApiError:
     _log.error("a request failed", exc_info=error)
-    return ApiError(500, "the server failed; see its log").response()
+    return ApiError(500, "the server failed; see its log")
 
 
 def _dead() -> ApiError:

@@ -105,12 +105,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def choose_size(args: argparse.Namespace, on_gpu: bool) -> None:
-    """Fill in what was not given. Raises ConfigError for a model that is too large without a GPU."""
+    """Fill in what was not given. Raises ConfigError for sizes that measure nothing, and for a model that is too large
+    without a GPU."""
     from infir2.model.presets import PRESETS
 
     for name, choices in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, choices[0 if on_gpu else 1])
+    # A sequence's first new token comes with its prompt: what follows is what decoding is timed by.
+    for name, least in (("batch", 1), ("length", 1), ("repeats", 1), ("new", 2)):
+        if (value := getattr(args, name)) < least:
+            raise ConfigError(f"--{name} {value}: give at least {least}")
     if on_gpu:
         return
     if args.model in PRESETS and args.model not in WITHOUT_GPU:

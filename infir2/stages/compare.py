@@ -9,6 +9,7 @@ run folder, or into the folder that --run names.
 
 import argparse
 import json
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = config.model_dump(mode="json", exclude={"run"})
     result = {**environment(), "recipe": recipe, **summarise(folder, args.precisions, args.seeds)}
     for path in filter(None, (folder / "compare.json", args.json)):
-        write_output(path, json.dumps(result, indent=1) + "\n")
+        write_output(path, to_json(result))
     first = [Path(variant(config, name, args.seeds[0]).run) for name in args.precisions]
     write_report(first, folder / "report.html", labels=args.precisions)
     for name in args.precisions[1:]:
@@ -84,6 +85,19 @@ def run(args: argparse.Namespace) -> int:
         )
     print(f"written to {folder}/compare.json and {folder}/report.html")
     return 0
+
+
+def to_json(result: Any) -> str:
+    """JSON text, with null for numbers that JSON has no word for: the loss of a step that was skipped."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(result), indent=1, allow_nan=False) + "\n"
 
 
 def own_folder(config: CptConfig, overrides: Sequence[str]) -> CptConfig:

@@ -9,6 +9,7 @@ folder that init.checkpoint accepts with init.keep_optimizer = false.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -112,8 +113,8 @@ def _check(options: Options, to: Format) -> None:
     for name, belongs in (("dtype", "hf"), ("scale_format", "fp8"), ("scale_dtype", "fp8")):
         if getattr(options, name) is not None and to != belongs:
             raise ConfigError(f"--{name.replace('_', '-')}: only with --to {belongs}")
-    if not options.max_shard_gb > 0:
-        raise ConfigError(f"--max-shard-gb {options.max_shard_gb}: must be above 0")
+    if not 0 < options.max_shard_gb < math.inf:
+        raise ConfigError(f"--max-shard-gb {options.max_shard_gb}: must be a number above 0")
 
 
 def _convert(model: "ModelSource", out: Path, to: Format, options: Options, console: Console) -> "Written":

@@ -37,6 +37,7 @@ def examine() -> dict[str, Any]:
 
     from infir2.kernels.matmul import describe_backend
     from infir2.parallel.device import default_device
+    from infir2.reward.cores import usable_cores
 
     backend, reason = describe_backend(default_device())
     gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
@@ -47,7 +48,7 @@ def examine() -> dict[str, Any]:
             "triton": _version("triton"),
             "cuda": torch.version.cuda,
         },
-        "cpu_cores": _cpu_cores(),
+        "cpu_cores": usable_cores(),
         "memory_gib": _memory_gib(),
         "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
         "gpus": gpus,
@@ -100,15 +101,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_cores() -> int:
-    """Cores this process may use: what the scheduler allows, and a container's quota where it is lower."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    words = _read("/sys/fs/cgroup/cpu.max").split()
-    if len(words) == 2 and words[0].isdigit():
-        cores = min(cores, max(1, int(words[0]) // int(words[1])))
-    return cores
 
 
 def _memory_gib() -> float:

@@ -19,17 +19,16 @@ has a confidence interval and the p-value of a sign-flip permutation test over p
 import argparse
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from infir2.errors import ConfigError, UserError
-from infir2.evaluate.results_folder import Origin, ResultsFolder, problems_digest
+from infir2.evaluate.results_folder import Origin, ResultsFolder, distinct_names, file_name, problems_digest
 from infir2.evaluate.server import KEY_VARIABLE
 from infir2.evaluate.tasks import HELP, Benchmark, LocalTask, Problem, parse_tasks, problems_of, with_sampling
 from infir2.launch.inference import InferenceOptions, add_inference_arguments
@@ -79,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from infir2.evaluate.harness import find_evalscope
+    from infir2.evaluate.table import print_table
     from infir2.launch.environment import environment
     from infir2.launch.held_folder import held
 
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
             samples = {model.name: _evaluate(work, model) for model in models}
             result, shown = _figures(args, names, tasks, samples)
             folder.write_figures({**environment_now, **result})
-    _show(console, names, tasks, *shown)
+    print_table(console, names, [task.name for task in tasks], *shown)
     console.print(f"written to {folder.figures}; every sample beside it")
     return 0
 
@@ -196,7 +196,7 @@ def _models(
     from infir2.evaluate.harness import prepare
 
     benchmarks = [task for task in tasks if isinstance(task, Benchmark)]
-    files = _distinct([_file_name(task.name) for task in tasks])
+    files = distinct_names([file_name(task.name) for task in tasks])
     digests: dict[str, str | None] = {name: problems_digest(found) for name, found in problems.items()}
     engine = {"seed": args.seed, "max_length": args.max_length, **_engine(args)}
     models = []
@@ -245,21 +245,8 @@ def _names(args: argparse.Namespace) -> list[str]:
     """What each model is called in the table and in OUT: different for different models."""
     from infir2.launch.inference import model_name
 
-    names = [_file_name(text) if args.api_url else model_name(text) for text in args.models]
-    return _distinct(names)
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Each name, with a number behind it where it has been given out before: also where a file system does not tell
-    capital letters from small ones."""
-    given: dict[str, str] = {}
-    for name in names:
-        found, number = name, 1
-        while found.casefold() in given:
-            number += 1
-            found = f"{name}-{number}"
-        given[found.casefold()] = found
-    return list(given.values())
+    names = [file_name(text) if args.api_url else model_name(text) for text in args.models]
+    return distinct_names(names)
 
 
 class _Scorers:
@@ -404,42 +391,3 @@ def _figures(
         compared = {task: pair.to_json() for task, pair in pairs.items()}
         result["paired"] = {"first": names[0], "second": names[1], "tasks": compared}
     return result, (scores, pairs)
-
-
-def _show(
-    console: Console,
-    names: list[str],
-    tasks: list[Task],
-    scores: "dict[str, dict[str, TaskScore]]",
-    pairs: "dict[str, Paired]",
-) -> None:
-    table = Table(box=None, pad_edge=False)
-    for column in ("task", "model", "problems", "avg@k (95 % interval)", "pass@k", "tokens", "truncated"):
-        table.add_column(column, justify="left" if column in ("task", "model") else "right", overflow="fold")
-    for task in tasks:
-        for name in names:
-            score = scores[name][task.name]
-            k = score.samples
-            average = f"{score.average:.1%} @{k}  ({_interval(score.low, score.high)})"
-            lengths = f"{score.mean_tokens:,.0f}", f"{score.truncated:.0%}"
-            table.add_row(task.name, name, str(score.problems), average, f"{score.pass_at[k]:.1%} @{k}", *lengths)
-    console.print(table)
-    for task_name, pair in pairs.items():
-        console.print(
-            f"{task_name}: {names[1]} minus {names[0]}: {pair.difference:+.1%} "
-            f"({_interval(pair.low, pair.high, '+')}), p = {pair.p_value:.3f}, "
-            f"better on {pair.better} and worse on {pair.worse} of {pair.problems} problems"
-        )
-
-
-def _interval(low: float | None, high: float | None, sign: str = "") -> str:
-    """A dash where there is none."""
-    return "–" if low is None or high is None else f"{low:{sign}.1%} to {high:{sign}.1%}"
-
-
-def _file_name(name: str) -> str:
-    """A name that can stand in a folder."""
-    return (
-        "".join(character if character.isalnum() or character in "-_." else "-" for character in name).strip(".-")
-        or "unnamed"
-    )

@@ -10,6 +10,7 @@ SIGTERM and Ctrl-C end it when the requests under way are answered, at the lates
 """
 
 import argparse
+import math
 import os
 import secrets
 from pathlib import Path
@@ -70,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     from infir2.serve.prompts import ServedModel
 
     console = Console(highlight=False, soft_wrap=True)
+    if not 0 <= args.grace < math.inf:
+        raise ConfigError(f"--grace {args.grace}: give seconds, at least 0")
     limits = ServerLimits(
         body_bytes=args.max_body_kib << 10,
         max_tokens=args.max_tokens,

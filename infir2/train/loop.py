@@ -115,12 +115,11 @@ def train(
     skipped steps in a row or where every step was skipped, and on all ranks what a background save or the metrics of
     one of them raise.
     """
-    config, log = settings.train, settings.log
-    meter, saved = _Meter(world, settings.flops_per_token), progress.step
-    more: dict[str, float] = {}
+    config, saved = settings.train, progress.step
+    log = _StepLog(metrics, feed, settings, world)
     with (
         Interrupt(world, callbacks.poll, callbacks.finish) as interrupt,
-        _profiler(log.profile_steps, settings.trace_folder, progress.step, world.rank) as profiler,
+        _profiler(settings.log.profile_steps, settings.trace_folder, progress.step, world.rank) as profiler,
         collecting_between_steps() as collect,
     ):
         for batches in feed.batches(progress.step + 1, config.steps, interrupt.check):
@@ -139,14 +138,7 @@ def train(
                 profiler.step()
             last = step == config.steps
             with interrupt.deferring():
-                if health:
-                    metrics.health(step, health)
-                more |= feed.step_values(step, result)
-                if step % log.every == 0 or result.skipped or last:
-                    metrics.log(step, meter.read(progress, result, lr, more))
-                    more = {}
-                if result.skipped:
-                    metrics.event(step, "skip", loss=result.loss, grad_norm=result.grad_norm)
+                log.write(progress, result, lr, health, last)
             _check_skips(progress, result, config.max_skipped_steps, last)
             if config.eval_every and (step % config.eval_every == 0 or last):
                 _evaluate(callbacks, step, last, interrupt, metrics)
@@ -154,7 +146,7 @@ def train(
                 callbacks.save(progress)
                 saved = step
             collect(step)
-            meter.start()
+            log.start_step()
         stopped = interrupt.check()
         if progress.step == config.steps:
             stopped = None  # too late to cut anything short
@@ -200,20 +192,42 @@ def _check_skips(progress: TrainState, result: StepResult, limit: int, last: boo
     )
 
 
-class _Meter:
-    """Time, throughput and memory of one step, counted from the end of the one before."""
+class _StepLog:
+    """Tells the metrics of every step. Its time is counted from the end of the one before."""
 
-    def __init__(self, world: World, flops_per_token: Callable[[float], float]) -> None:
-        self.world, self.flops_per_token = world, flops_per_token
+    def __init__(self, metrics: MetricsWriter, feed: Feed, settings: LoopSettings, world: World) -> None:
+        self.metrics, self.feed, self.settings, self.world = metrics, feed, settings, world
         on_gpu = world.device.type == "cuda"
         self.peak = peak_tflops(torch.cuda.get_device_name(world.device)) if on_gpu else None
-        self.start()
+        self.more: dict[str, float] = {}
+        """What the stage has told since the last line."""
+        self.start_step()
 
-    def start(self) -> None:
+    def start_step(self) -> None:
         self.began = time.perf_counter()
 
-    def read(self, progress: TrainState, result: StepResult, lr: float, more: Mapping[str, float]) -> dict[str, float]:
-        seconds = time.perf_counter() - self.began
+    def write(
+        self,
+        progress: TrainState,
+        result: StepResult,
+        lr: float,
+        health: Mapping[str, Mapping[str, float]],
+        last: bool,
+    ) -> None:
+        """After a step: its health, where there is any, and its line, where it gets one."""
+        step = progress.step
+        if health:
+            self.metrics.health(step, health)
+        self.more |= self.feed.step_values(step, result)
+        if step % self.settings.log.every == 0 or result.skipped or last:
+            self.metrics.log(step, self._line(progress, result, lr))
+            self.more = {}
+        if result.skipped:
+            self.metrics.event(step, "skip", loss=result.loss, grad_norm=result.grad_norm)
+
+    def _line(self, progress: TrainState, result: StepResult, lr: float) -> dict[str, float]:
+        """Losses, throughput and memory of the step that has just ended."""
+        seconds, more = time.perf_counter() - self.began, self.more
         values: dict[str, float] = {
             "loss": result.loss,
             "lr": lr,
@@ -227,7 +241,7 @@ class _Meter:
             **more,
         }
         if self.peak is not None:
-            flops = self.flops_per_token(result.attended / result.tokens) * values["tokens_per_s"]
+            flops = self.settings.flops_per_token(result.attended / result.tokens) * values["tokens_per_s"]
             values["mfu"] = flops / (self.peak * 1e12 * self.world.size)
         if self.world.device.type == "cuda":
             values["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.world.device) / 1e9

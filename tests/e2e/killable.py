@@ -13,7 +13,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         *("infir2.cli", "infir2.stages.cpt", "infir2.stages.rl", "infir2.launch.training", "infir2.launch.dry_run"),
-        *("infir2.rl.loop", "infir2.rollout.engine", "infir2.data.chat", "transformers.tokenization_utils_tokenizers"),
+        *("infir2.launch.rl_stage", "infir2.data.chat", "transformers.tokenization_utils_tokenizers"),
     ]
 )
 

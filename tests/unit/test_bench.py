@@ -61,6 +61,12 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "argument --precisions: invalid choice: 'hybrid/fp16'" in capsys.readouterr().err
     assert main(["bench", "decode", "--precisions", "hybrid/bf16", *SMALL]) == 2
     assert "give hybrid" in capsys.readouterr().err
+    for words, message in (
+        (["--new", "1"], "--new 1: give at least 2"),
+        (["--batch", "0"], "--batch 0: give at least 1"),
+    ):
+        assert main(["bench", "decode", *SMALL, *words]) == 2
+        assert capsys.readouterr().err == f"infir2: error: {message}\n"
     assert main(["bench", "gemm", *SMALL, "--json", str(tmp_path)]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"infir2: error: --json {tmp_path}: is a folder; name a file"
 

@@ -213,13 +213,26 @@ def test_samples_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     folder = results_folder.ResultsFolder(tmp_path, {"commit": None, "versions": {"a": "1"}})
     origin = results_folder.Origin("m", "t", {"weights": "w"}, {"task": "t"})
     written = [
-        results_folder.Sample("0", n, 0.5, 3, False, text) for n, text in enumerate(("a\u2028b\x85", "\r\n", ""))
+        results_folder.Sample("0", n, 0.5, 3, False, text)
+        for n, text in enumerate(("a\u2028b\x85", "\r\n", "", "\ud83d é"))
     ]
     folder.write(origin, written)
     assert folder.finished(origin) == written
+    samples = folder.samples_file(origin)
+    samples.write_bytes(samples.read_bytes().replace(b"0.5", b"\xff.5"))
+    assert folder.finished(origin) is None, "damaged: asked again"
     problem = Problem("0", [{"role": "user", "content": "?"}], {"entry": {"answer": 1, "at": object}})
     assert problems_digest([problem]) == problems_digest([problem])
     assert problems_digest([problem]) != problems_digest([Problem("0", problem.messages, {"entry": {"answer": 2}})])
+
+
+def test_the_name_of_a_long_path_fits_a_file_system(tmp_path: Path) -> None:
+    folder = results_folder.ResultsFolder(tmp_path, {})
+    for task in (f"math:{'folder/' * 50}x.jsonl", "é" * 300, "../.."):
+        origin = results_folder.Origin("m", results_folder.file_name(task), {}, {"task": task})
+        folder.write(origin, [])
+        assert folder.finished(origin) == []
+    assert len(list(tmp_path.glob("m/*.jsonl"))) == 3
 
 
 def test_responses_longer_than_the_model_are_told_of(

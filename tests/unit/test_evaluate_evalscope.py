@@ -15,7 +15,15 @@ import pytest
 
 from infir2.errors import DataError, UserError
 from infir2.evaluate.evalscope_process import as_label, program_limits
-from infir2.evaluate.harness import Endpoint, Settings, find_evalscope, prepare, read_samples, run_benchmarks
+from infir2.evaluate.harness import (
+    Endpoint,
+    LineCounter,
+    Settings,
+    find_evalscope,
+    prepare,
+    read_samples,
+    run_benchmarks,
+)
 from infir2.evaluate.local_data import stage, what_to_put
 from infir2.evaluate.server import LocalServer
 from infir2.evaluate.stored_cases import stored_cases
@@ -239,3 +247,15 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
         UserError, match=r"the server ended at its start: infir2: error: .*nothing: no such folder; a model"
     ):
         LocalServer(str(tmp_path / "nothing"), timeout_s=120).__enter__()
+
+
+def test_lines_are_counted_as_files_come_and_grow(tmp_path: Path) -> None:
+    counter = LineCounter([tmp_path / "a", tmp_path / "b"], "reviews/*/*.jsonl")
+    assert counter.count() == 0
+    for name in ("a", "b"):
+        (tmp_path / name / "reviews" / "m").mkdir(parents=True)
+        (tmp_path / name / "reviews" / "m" / "x.jsonl").write_text("1\n2\n3")
+    assert counter.count() == 4
+    with open(tmp_path / "a/reviews/m/x.jsonl", "a") as file:
+        file.write("3\n4\n")
+    assert counter.count() == counter.count() == 6

@@ -174,6 +174,34 @@ def test_a_thought_that_the_server_took_out_of_the_text_is_put_back() -> None:
     assert [score.value for score in scorer.score_many([(one.text, "5") for one in found])] == [0, 0, 0, 1, 1]
 
 
+def test_a_refusal_is_told_while_other_answers_are_under_way() -> None:
+    released, last = threading.Event(), threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            if asked["seed"]:
+                last.set()
+                released.wait(30)
+            else:
+                last.wait(30)
+            self.send_error(400)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        began = time.monotonic()
+        try:
+            with pytest.raises(UserError, match="400"):
+                ask(ApiResponder(f"http://127.0.0.1:{server.server_port}/v1", "key", "m", 2), 2)
+            assert time.monotonic() - began < 15
+        finally:
+            released.set()
+            server.shutdown()
+
+
 def test_a_busy_server_is_asked_again() -> None:
     busy = {"error": {"message": "too many"}}
     well = answer(content="x")

@@ -12,7 +12,7 @@ from rich.console import Console
 from infir2 import cli
 from infir2.checkpoint.fp8_format import quantize_weight
 from infir2.checkpoint.model_source import open_model_source
-from infir2.errors import DataError
+from infir2.errors import ConfigError, DataError
 from infir2.fp8.linear import Fp8Linear
 from infir2.launch.end_tokens import end_ids
 from infir2.launch.inference import InferenceOptions, load_engine, model_name
@@ -50,6 +50,11 @@ def test_a_plain_folder_runs_in_bf16_or_quantised_on_request(hf: Path) -> None:
     assert torch.equal(plain.model.model.norm.weight, rounded)
     assert load(hf, dtype="float32").model.model.compute_dtype == torch.float32
     assert len(fp8_layers(load(hf, precision="blockwise"))) == 14
+
+
+def test_a_cache_of_no_tokens_is_refused(hf: Path) -> None:
+    with pytest.raises(ConfigError, match="cache_tokens: 0 is less than 1"):
+        load(hf, cache_tokens=0)
 
 
 @pytest.mark.parametrize("scale_format", ["ue8m0", "fp32"])

@@ -16,6 +16,7 @@ import pytest
 from infir2.cli import main
 from infir2.config import load
 from infir2.errors import ConfigError
+from infir2.launch import pipeline_run
 from infir2.launch.held_folder import held, wait_until_free
 from infir2.launch.pipeline_plan import PipelineConfig, Plan, make_plan
 
@@ -95,6 +96,9 @@ def test_fingerprints_follow_what_a_stage_reads(folder: Path) -> None:
         (folder / "notes.txt").write_text("two and more")
         assert [a == b for a, b in zip(first, fingerprints(with_file))] == [True, True, False]
     fingerprints(CHAIN.replace("--stage 2", f"--stage 2 --note {'x' * 300}"))  # no name of a file
+    (folder / "prepare").mkdir()
+    (folder / "prepare/notes.txt").write_text("one")
+    assert fingerprints() == before, "the command prepare reads no folder of its own name"
 
 
 def test_a_chain_runs_once_and_only_what_changed_again(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -172,6 +176,27 @@ def test_a_signal_to_the_chain_alone_is_handed_on_and_ends_it(folder: Path, numb
     assert not (folder / "chain/easy.jsonl").exists(), "the stage has run to its end"
 
 
+def test_a_signal_is_handed_on_once_whenever_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training stage takes a second one for impatience, and does not save."""
+    got: list[int] = []
+
+    class Stage:
+        def __init__(self, *arguments: object, **options: object) -> None:
+            os.kill(os.getpid(), signal.SIGINT)  # while it is being started
+
+        def send_signal(self, number: int) -> None:
+            got.append(number)
+            if number == signal.SIGINT:
+                os.kill(os.getpid(), signal.SIGTERM)  # while the first one is handed on
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(pipeline_run.subprocess, "Popen", Stage)
+    assert pipeline_run._run(["stage"]) == (0, signal.SIGINT)
+    assert got == [signal.SIGINT, signal.SIGTERM]
+
+
 def test_two_chains_do_not_share_a_folder(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with running(folder):
         assert main(["pipeline", "chain.toml"]) == 2
@@ -192,6 +217,10 @@ def test_a_folder_that_cannot_be_written_is_one_line(folder: Path, capfd: pytest
         assert main(["demo", "--size", "tiny", "--out", run]) == 2
         assert message in capfd.readouterr().err.splitlines()[-1]
     (folder / "chain").mkdir()
+    (folder / "chain/pipeline.json").write_text("[]")
+    assert main(["pipeline", "chain.toml"]) == 2
+    assert "chain/pipeline.json: cannot be read (not a table of stages)" in capfd.readouterr().err.splitlines()[-1]
+    (folder / "chain/pipeline.json").unlink()
     (folder / "chain/easy.jsonl").touch()
     (folder / "chain/old").touch()
     assert main(["pipeline", "chain.toml"]) == 2

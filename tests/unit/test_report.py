@@ -65,6 +65,8 @@ def test_summary_numbers_are_those_of_the_metrics(runs: list[Path]) -> None:
     assert run.final_loss() == pytest.approx(float(np.mean(losses[-3:])))
     assert math.isnan(losses[30])
     assert run.last("skipped") == 1
+    run.lines[-1 - [line["kind"] for line in run.lines[::-1]].index("train")]["loss"] = math.nan
+    assert run.final_loss() == pytest.approx(float(np.mean(losses[-3:-1]))), "a skipped step has no loss"
     assert run.steps_of("resume") == [39]
     assert run.last("tokens") == 60 * 2_097_152
     assert (run.model, run.precision) == ("qwen2.5-1.5b", "FP8 hybrid")
@@ -125,7 +127,14 @@ def test_broken_folders_are_named(runs: list[Path], tmp_path: Path) -> None:
     (broken / "config.toml").write_text("a = = 1")
     with pytest.raises(UserError, match=r"config.toml: not valid TOML.*line 1"):
         write_report([broken], out)
+    (broken / "config.toml").write_text("model = 1")
+    write_report([broken], tmp_path / "foreign.html")
     (broken / "config.toml").unlink()
+    for line in ("{", "[]", '{"step": 1, "kind": "train"}'):
+        (broken / "samples.jsonl").write_text(f"{line}\n")
+        with pytest.raises(UserError, match=r"samples.jsonl: line 1 is no sample in JSON"):
+            write_report([broken], out)
+    (broken / "samples.jsonl").unlink()
     (broken / "run.json").write_text("[")
     with pytest.raises(UserError, match=r"run.json: not valid JSON"):
         write_report([broken], out)

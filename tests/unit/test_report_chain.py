@@ -23,7 +23,15 @@ COMMANDS = {
 def samples(wrong: set[int]) -> list[Sample]:
     return [
         Sample(
-            f"p{i}", k, 0.0 if i in wrong else 1.0, 12, False, f"<b>it is {i}</b>", str(i), "boxed", f"How much is {i}?"
+            f"p{i}",
+            k,
+            0.0 if i in wrong else 1.0,
+            12,
+            False,
+            f"<b>it is {i}</b> \ud83d",
+            str(i),
+            "boxed",
+            f"How much is {i}?",
         )
         for i in range(6)
         for k in range(2)
@@ -97,6 +105,13 @@ def test_bf16_is_what_others_are_compared_with(chain: Path) -> None:
 
 
 def test_damage_is_named(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (chain / "eval/eval.json").write_text("{")
-    assert main(["report", str(chain)]) == 2
-    assert "eval.json: cannot be read" in capsys.readouterr().err
+    for name, text, message in (
+        ("eval/eval.json", "{", "cannot be read"),
+        ("eval/eval.json", '{"models": [{"name": "another program\'s"}]}', "not written by `infir2 eval`"),
+        ("pipeline.json", "[]", "not a table of stages"),
+    ):
+        whole = (chain / name).read_text()
+        (chain / name).write_text(text)
+        assert main(["report", str(chain)]) == 2
+        assert f"{name}: {message}" in capsys.readouterr().err
+        (chain / name).write_text(whole)

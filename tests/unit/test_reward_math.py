@@ -259,6 +259,19 @@ def test_slow_items_are_killed_and_the_others_keep_their_order() -> None:
     pool.close()
 
 
+def test_a_signal_does_not_cut_a_large_item_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infir2.reward.workers._START_S", 5.0)
+    pool = WorkerPool("sleep", limit_s=1.0, workers=1)
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)  # while the worker starts, and its pipe is full
+    try:
+        assert pool.run([["x" * 1_000_000]]) == [{"error": "TypeError"}]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        pool.close()
+
+
 def test_a_killed_worker_is_replaced_and_close_leaves_no_process() -> None:
     pool = WorkerPool("sleep", limit_s=5, workers=1)
     assert pool.run([0.0]) == [{"value": 0.0}]

@@ -20,7 +20,9 @@ import pytest
 
 from infir2.reward import sandbox as module
 from infir2.reward.code import CodeTests, StdioCase, judge
-from infir2.reward.sandbox import Limits, Sandbox, SandboxError, launch, sandbox_report, usable_cores
+from infir2.reward.cores import usable_cores
+from infir2.reward.sandbox import Limits, Sandbox, SandboxError, launch, sandbox_report
+from infir2.reward.workers import WorkerPool
 
 ROOT = Path(__file__).parents[2]
 
@@ -315,6 +317,7 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatc
     for told, cores in (("max 100000", 6), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 6)):
         monkeypatch.setattr(Path, "read_text", lambda path, told=told: told)
         assert usable_cores() == cores
+        assert WorkerPool("sleep", 1.0).count == max(1, cores - 1)
 
 
 def test_links_lead_nowhere(sandbox: Sandbox, canary: Path) -> None:

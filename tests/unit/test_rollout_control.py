@@ -383,6 +383,8 @@ def test_requests_that_cannot_be_served_are_refused(model: CausalLM, request_: R
         ({"block_size": 0}, "block_size: 0"),
         ({"max_sequences": 512, "max_batch_tokens": 256}, "max_batch_tokens: 256 is less than max_sequences"),
         ({"cache_tokens": 8}, "cache_tokens: 8 is less than one block"),
+        ({"max_length": 0}, "max_length: 0 is less than 1"),
+        ({"decode_rounds": -1}, "decode_rounds: -1 is less than 0"),
         ({"cache_dtype": "int4"}, "cache_dtype: 'int4'"),
     ],
 )

@@ -134,6 +134,7 @@ def test_no_draw_lands_on_an_impossible_token() -> None:
         ({"top_p": 1.1}, "top_p: 1.1"),
         ({"top_p": 0.0}, "top_p: 0 keeps no token"),
         ({"top_k": -1}, "top_k: -1 is not a whole number of at least 0"),
+        ({"top_k": 2**63}, "top_k: 9223372036854775808 is above 2147483647"),
         ({"max_new_tokens": 0}, "max_new_tokens: 0"),
         ({"n": 0}, "n: 0"),
         ({"n": 1.5}, "n: 1.5"),

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fastapi.testclient import TestClient
 from rich.console import Console
 from starlette.websockets import WebSocketDisconnect
 
+from infir2 import cli
 from infir2.errors import ConfigError
 from infir2.launch.inference import InferenceOptions, load_engine
 from infir2.rollout.engine import Engine
@@ -113,6 +115,19 @@ def test_a_fault_of_the_engine_is_told_and_leaves_nothing(client: TestClient, en
     assert ask(client, seed=1).json()["choices"] == before
 
 
+def test_a_fault_while_a_stream_is_written_is_told_in_it(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such token")
+
+    monkeypatch.setattr(PieceStream, "push", fail)
+    last = ask(client, stream=True).text.strip().split("\n\n")[-1]
+    assert "see its log" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert "infir2_client_disconnects_total 0" in client.get("/metrics", headers=KEY).text, "the client was there"
+    deadline = time.monotonic() + 10
+    while set(held(client).values()) != {0}:  # the engine hears of it between two steps
+        assert time.monotonic() < deadline
+
+
 def test_a_fault_ends_only_what_the_failed_step_computed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """One request runs, one waits for its place in the engine, one has not reached the engine yet."""
     one_place = Engine(engine.model, engine.tokenizer, EngineOptions(cache_tokens=2048, max_sequences=1))
@@ -192,6 +207,8 @@ def test_limits(client: TestClient) -> None:
     assert ask(client, n=8).status_code == 200
     long = ask(client, max_tokens=65)
     assert (long.status_code, long.json()["error"]["param"]) == (400, "max_tokens")
+    huge = ask(client, top_k=2**63)  # as a number of the batch it would fail the step, and everybody's requests
+    assert (huge.status_code, huge.json()["error"]["param"]) == (400, "top_k")
     assert ask(client, max_completion_tokens=9, max_tokens=None).json()["usage"]["completion_tokens"] <= 9
     with pytest.raises(ConfigError, match="pending: 0"):
         ServerLimits(pending=0)
@@ -350,3 +367,9 @@ def test_the_key_comes_from_option_environment_file_or_nowhere(tmp_path: Path, m
 def test_a_port_that_does_not_exist_is_named(port: int) -> None:
     with pytest.raises(ConfigError, match=f"--port: {port} is not between 0 and 65535"):
         listen("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("grace", ["nan", "inf", "-1"])
+def test_a_grace_that_is_no_time_is_named(grace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "gone", "--grace", grace]) == 2
+    assert f"--grace {float(grace)}: give seconds" in capsys.readouterr().err

@@ -10,7 +10,8 @@ import pytest
 
 from infir2 import cli
 from infir2.config import CptConfig
-from infir2.stages.compare import Difference, own_folder, paired_difference, summarise, variant
+from infir2.stages.compare import Difference, own_folder, paired_difference, summarise, to_json, variant
+from infir2.train.metrics import MetricsWriter
 
 
 def test_paired_difference_by_hand() -> None:
@@ -138,3 +139,18 @@ def test_an_unfinished_run_leaves_its_pair_out(tmp_path: Path) -> None:
     assert result["difference"]["fp8"]["seeds"] == [1]
     assert result["difference"]["fp8"]["mean"] == pytest.approx(0.1)
     assert result["curves"]["fp8"][2]["step"] == [1, 2, 3]
+
+
+def test_a_skipped_step_is_told_in_plain_json(tmp_path: Path) -> None:
+    for name, losses in (("bf16-seed1", [3.0, 2.0]), ("fp8-seed1", [math.nan, 2.0])):
+        with MetricsWriter(tmp_path / name, 2, tensorboard=False, live=False) as writer:
+            for step, loss in enumerate(losses, 1):
+                writer.log(step, {"loss": loss})
+            writer.log(2, {"eval_loss": 2.0}, kind="eval")
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    result = json.loads(to_json(summarise(tmp_path, ["bf16", "fp8"], [1])), parse_constant=refuse)
+    assert result["curves"]["fp8"]["1"]["loss"] == [None, 2.0]
+    assert result["difference"]["fp8"]["mean"] == 0.0

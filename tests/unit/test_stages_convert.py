@@ -212,7 +212,8 @@ def test_options_that_do_not_belong_together(tmp_path: Path, capsys: pytest.Capt
         (("--to", "fp8", "--scale-format", "fp32", "--scale-dtype", "e8m0"), "stores powers of two only"),
         (("--scale-format", "fp32"), "--scale-format: only with --to fp8"),
         (("--to", "dcp", "--dtype", "bfloat16"), "--dtype: only with --to hf"),
-        (("--max-shard-gb", "0"), "must be above 0"),
+        (("--max-shard-gb", "0"), "must be a number above 0"),
+        (("--max-shard-gb", "inf"), "must be a number above 0"),
         (("--tokenizer", tmp_path / "nowhere"), "nowhere: no tokenizer files in it"),
     ):
         assert message in error_of(capsys, source, out, *words)

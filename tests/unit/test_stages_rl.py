@@ -17,8 +17,8 @@ from infir2.config import RewardSection, RlConfig, load
 from infir2.data.worked_solutions import worked_examples
 from infir2.parallel import runtime
 from infir2.report import write_report
+from infir2.reward import sandbox
 from infir2.reward.dispatch import reward_for
-from infir2.reward.sandbox import sandbox_report
 from infir2.rl.samples import read_samples
 from infir2.stages.rl import make_scorer
 
@@ -115,6 +115,17 @@ def test_dry_run_reads_the_prompts_and_writes_nothing(rl_recipe: Recipe, capsys:
     assert not run.exists()
 
 
+def test_dry_run_tells_the_plan_where_programs_cannot_be_judged(
+    rl_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sandbox, "sandbox_report", lambda: (sandbox.Layer("landlock", False, "no such kernel"),))
+    path, _ = rl_recipe(**{"reward.kind": "code"})
+    assert rl(path, "--dry-run") == 2
+    told = capsys.readouterr()
+    assert "this machine cannot run untrusted code safely (landlock: no such kernel)" in told.err
+    assert "parameters: " in told.out
+
+
 def test_dry_run_foretells_the_cache_in_the_models_dtype(rl_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     policy, tokens = small_rl.POLICY, 1 << 20
     shape = (policy.num_hidden_layers, policy.num_key_value_heads, policy.head_dim)
@@ -183,7 +194,7 @@ def test_a_cache_of_one_longest_sample_suffices(rl_recipe: Recipe) -> None:
     ],
 )
 def test_rewards_come_from_the_recipe(kind: Any, label: str, right: str) -> None:
-    if kind == "code" and not all(layer.works for layer in sandbox_report()):
+    if kind == "code" and not all(layer.works for layer in sandbox.sandbox_report()):
         pytest.skip("no safe sandbox on this machine")
     scorer = make_scorer(RewardSection(kind=kind, think="required", workers=1))
     pairs = [(f"<think>?</think>{right}", label), (right, label), ("", label)]

@@ -13,8 +13,9 @@ from small_run import loss_bits, metrics_lines, write_model, write_toml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infir2 import cli
+from infir2.checkpoint.folders import peek_meta
 from infir2.checkpoint.state import model_state
-from infir2.checkpoint.store import CheckpointStore, peek_meta
+from infir2.checkpoint.store import CheckpointStore
 from infir2.config import SftConfig, load
 from infir2.data import tokenizer as tok
 from infir2.data.sft import SftLoader
@@ -181,9 +182,10 @@ def test_changed_rows_are_noticed_and_kept_rows_made_anew(
     ):
         assert "other data or another order (rows, tokenizer" in error_of(capsys, path, *again, *words)
     assert "train.global_batch = 6, the recipe says 4" in error_of(capsys, path, *again, "--train.global_batch", "4")
-    shutil.rmtree(run / "rows")
+    (run / "rows").rename(run / ".rows.preparing-of-a-killed-run")
     assert sft(path, *again, "--data.max_tokens_per_gpu", "256") == 0, "another packing of the same rows"
     assert [line["step"] for line in metrics_lines(run)] == list(range(1, 9))
+    assert not list(run.glob(".rows*")), "what a killed run left of its rows does not stay"
     (run / "rows/train-tokens.npy").write_bytes(b"damaged")
     assert sft(path, "--train.epochs", "3") == 0
     for name, damaged in (("train-tokens", b""), ("train-trained", None), ("validation-tokens", None)):
