@@ -23,9 +23,16 @@ from infir2.parallel.runtime import World
 
 
 def starting_meta(config: TrainingConfig) -> dict[str, Any] | None:
-    """meta.json of the checkpoint that training starts from: the run's own newest, else that of [init], else None."""
+    """meta.json of the checkpoint that training starts from: the run's own newest, else that of [init], else None.
+
+    Raises CheckpointError where init.checkpoint is needed and names none.
+    """
     found = peek_meta(Path(config.run) / "checkpoints")
-    return found or (peek_meta(config.init.checkpoint) if config.init.checkpoint else None)
+    if found is None and config.init.checkpoint is not None:
+        found = peek_meta(config.init.checkpoint)
+        if found is None:
+            raise _no_start(config.init.checkpoint)
+    return found
 
 
 def starting_tokenizer(config: TrainingConfig) -> Path | None:
@@ -35,13 +42,13 @@ def starting_tokenizer(config: TrainingConfig) -> Path | None:
     return Path(name) if name and has_tokenizer(Path(name)) else None
 
 
-def no_start(config: TrainingConfig) -> CheckpointError:
+def _no_start(named: str) -> CheckpointError:
     """That init.checkpoint names nothing to start from."""
-    path = Path(config.init.checkpoint or "").expanduser()
+    path = Path(named).expanduser()
     why = "" if path.is_dir() else ": there is no such folder"
     if (path / "config.json").exists():
         why = ": it looks like a Hugging Face folder, which model.path takes"
-    return CheckpointError(f"{config.init.checkpoint}: no checkpoint to start from{why}")
+    return CheckpointError(f"{named}: no checkpoint to start from{why}")
 
 
 def model_config(config: TrainingConfig, vocab_size: int) -> ModelConfig:
@@ -50,10 +57,7 @@ def model_config(config: TrainingConfig, vocab_size: int) -> ModelConfig:
     Where the model section names none, it is the architecture of the checkpoint that training starts from.
     """
     section = config.model
-    if not section.is_named:
-        meta = starting_meta(config)
-        if meta is None:
-            raise no_start(config)
+    if not section.is_named and (meta := starting_meta(config)):
         return from_hf(meta["architecture"], f"{config.init.checkpoint}: meta.json")
     if section.path is not None:
         return from_hf(read_config(section.path), f"{section.path}/config.json")

@@ -154,8 +154,12 @@ def test_a_megatron_pair_needs_a_vocabulary_size(
 
 def test_a_start_checkpoint_that_is_not_there(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     path, run = recipe()
-    assert error_of(capsys, path, "--init.checkpoint", "/nowhere/x").startswith("/nowhere/x: no such checkpoint folder")
-    assert {item.name for item in run.iterdir()} == {".lock"}
+    words = ("--init.checkpoint", "/nowhere/x")
+    told = "/nowhere/x: no checkpoint to start from: there is no such folder"
+    assert error_of(capsys, path, *words) == error_of(capsys, path, *words, "--dry-run") == told
+    assert not run.exists()
+    assert cpt(path, *words, "--dry-run", "--data.sources", "{ '/nowhere/y' = 1.0 }") == 2
+    assert told in capsys.readouterr().err, "beside all else that is missing"
 
 
 def test_a_run_folder_that_cannot_be_made(recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -312,6 +312,18 @@ def test_mistakes_are_told_in_one_line_before_anything_is_written(
     assert not run.exists() or list(run.iterdir()) == [run / "rows"]
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["beside a model section", "without one"])
+def test_a_start_checkpoint_that_is_not_there_is_told_before_rows_are_tokenised(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], chat_model: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    monkeypatch.setattr("infir2.launch.sft_rows.tokenize", lambda *args, **options: pytest.fail("rows are read"))
+    settings = {"init.checkpoint": "/nowhere/x", "data.tokenizer": str(chat_model)}
+    path, run = recipe(**settings, **({} if named else {"model.path": None}))
+    told = "/nowhere/x: no checkpoint to start from: there is no such folder"
+    assert [error_of(capsys, path), error_of(capsys, path, "--dry-run")] == [told, told]
+    assert not run.exists()
+
+
 def test_models_and_tokenizers_that_do_not_fit(
     recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path, chat_model: Path
 ) -> None:
