@@ -25,13 +25,19 @@ from infir2.parallel.runtime import World
 def starting_meta(config: TrainingConfig) -> dict[str, Any] | None:
     """meta.json of the checkpoint that training starts from: the run's own newest, else that of [init], else None.
 
-    Raises CheckpointError where init.checkpoint is needed and names none.
+    Raises CheckpointError where init.checkpoint is needed and names none, or none with what is to be kept of it.
     """
-    found = peek_meta(Path(config.run) / "checkpoints")
-    if found is None and config.init.checkpoint is not None:
-        found = peek_meta(config.init.checkpoint)
-        if found is None:
-            raise _no_start(config.init.checkpoint)
+    found, named = peek_meta(Path(config.run) / "checkpoints"), config.init.checkpoint
+    if found is not None or named is None:
+        return found
+    found = peek_meta(named)
+    if found is None:
+        raise _no_start(named)
+    if config.init.keep_optimizer and "converted" in found:
+        raise CheckpointError(
+            f"{named}: has no optimiser state to keep: it was made by `infir2 convert`; "
+            "set init.keep_optimizer = false"
+        )
     return found
 
 
