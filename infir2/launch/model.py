@@ -35,8 +35,7 @@ def starting_meta(config: TrainingConfig) -> dict[str, Any] | None:
         raise _no_start(named)
     if config.init.keep_optimizer and "converted" in found:
         raise CheckpointError(
-            f"{named}: has no optimiser state to keep: it was made by `infir2 convert`; "
-            "set init.keep_optimizer = false"
+            f"{named}: has no optimiser state to keep: it was made by `infir2 convert`; set init.keep_optimizer = false"
         )
     return found
 

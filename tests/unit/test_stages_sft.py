@@ -285,6 +285,23 @@ def test_a_validation_file_and_rows_that_are_left_out(
     assert (event["dropped"], event["truncated"]) == (0, 1)
 
 
+def test_held_out_rows_that_are_trained_on_are_told(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = tmp_path / "many"
+    many.mkdir()
+    (many / "linked.jsonl").symlink_to(tmp_path / "rows.jsonl")
+    write_rows(many / "other.jsonl", 4, seed=1)
+    path, _ = recipe(**{"train.epochs": 1})
+    for name, told in ((tmp_path / "rows.jsonl", True), (many, True), (many / "other.jsonl", False)):
+        for words in (["--dry-run"], []):
+            assert sft(path, "--data.validation", str(name), "--run", str(tmp_path / f"run-{name.stem}"), *words) == 0
+            notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: data.validation")]
+            assert len(notes) == told
+            file = many / "linked.jsonl" if name == many else name
+            assert all(f"and data.train both read {file}: held-out results" in line for line in notes)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
