@@ -85,7 +85,11 @@ def prepare(
         with built_beside(out) as folder:
             _build(files, inputs, folder, chosen, progress)
     except OSError as error:
-        raise DataError(f"{out}: cannot be written: {error.strerror or error}; nothing of it was kept") from error
+        file = f" ({Path(error.filename).name})" if error.filename else ""
+        raise DataError(
+            f"{out}: cannot be written: {error.strerror or error}{file}; nothing of it was kept. Make room or mend it, "
+            "and run the same command again"
+        ) from error
     return Dataset(out)
 
 

@@ -18,7 +18,9 @@ from infir2.data.conversations import ConversationSource
 from infir2.data.documents import RowLedger
 from infir2.data.order import held_out_rows
 from infir2.data.sft import RowCounts, TokenRows, tokenize_rows
+from infir2.durable import write_file
 from infir2.errors import DataError
+from infir2.launch.held_folder import writing
 from infir2.launch.progress import share_bar
 
 _ROWS_FORMAT = 1
@@ -115,14 +117,13 @@ def _save_rows(rows: SftRows, folder: Path, key: str) -> None:
     hashes = {"sha256": rows.sha256, "held_out_sha256": rows.held_out_sha256}
     record = {"key": key, **hashes, "counts": {name: asdict(c) for name, c in rows.counts.items()}}
     try:
-        temporary.mkdir(parents=True)
-        rows.train.save(temporary, "train")
-        rows.validation.save(temporary, "validation")
-        (temporary / "rows.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except OSError as error:
-        raise DataError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from None
+        with writing(folder):
+            temporary.mkdir(parents=True)
+            rows.train.save(temporary, "train")
+            rows.validation.save(temporary, "validation")
+            write_file(temporary / "rows.json", (json.dumps(record, indent=1) + "\n").encode())
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -211,7 +211,7 @@ def test_a_run_folder_that_cannot_remember_what_was_verified(
     path, run = recipe()
     (run / "verified_data.json/x").mkdir(parents=True)
     (run / "run.json").touch()
-    assert error_of(capsys, path).startswith(f"{run}/.verified_data.json.")
+    assert error_of(capsys, path).startswith(f"{run}/verified_data.json: cannot be written: Is a directory; make room")
     assert not (run / "checkpoints").exists()
 
 

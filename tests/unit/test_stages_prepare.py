@@ -186,27 +186,33 @@ def test_a_failed_replacement_keeps_the_earlier_data_set(tmp_path: Path, monkeyp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
 
 
-def limited(*words: object) -> subprocess.CompletedProcess[str]:
-    """`infir2 prepare` where no file may grow beyond 4 kB, which stands for a full disk."""
+def limited(*words: object, size: int = 4096) -> subprocess.CompletedProcess[str]:
+    """`infir2 prepare` where no file may grow beyond ``size`` bytes, which stands for a full disk."""
     return subprocess.run(
         [sys.executable, "-m", "infir2", "prepare", *map(str, words)],
         capture_output=True,
         text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
     )
 
 
-def test_a_full_disk_under_the_tokenizer(tmp_path: Path) -> None:
+def test_a_full_disk_under_the_tokenizer_or_a_shard(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", 50)
     done = limited(tmp_path / "a.jsonl", "--out", tmp_path / "out", "--vocab-size", 400)
     assert done.returncode == 2
-    assert done.stderr == f"infir2: error: {tmp_path}/out: cannot be written: File too large; nothing of it was kept\n"
+    full = (
+        f"infir2: error: {tmp_path}/out: cannot be written: File too large ({{}}); nothing of it was kept. Make room "
+    )
+    full += "or mend it, and run the same command again\n"
+    assert done.stderr == full.format("tokenizer.json")
     prepare([tmp_path / "a.jsonl"], tmp_path / "whole", **SMALL)
     bare = tmp_path / "whole" / "tokenizer" / "tokenizer.json"
     done = limited(tmp_path / "a.jsonl", "--out", tmp_path / "out", "--tokenizer", bare)
     assert done.returncode == 2
-    assert "out: cannot be written: " in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr == full.format("tokenizer.json")
+    write_rows(tmp_path / "a.jsonl", 3000)
+    done = limited(tmp_path / "a.jsonl", "--out", tmp_path / "out", "--tokenizer", bare, size=60_000)
+    assert done.stderr == full.format("train-00000.bin")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "whole"]
 
 

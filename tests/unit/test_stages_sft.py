@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,21 @@ def test_a_run_that_is_going_on_keeps_its_rows(recipe: Recipe, capsys: pytest.Ca
     with held(run, "another process trains here", "wait"):
         assert "another process is training into this run folder" in error_of(capsys, path, "--data.max_length", "64")
     assert {file.name: file.read_bytes() for file in (run / "rows").iterdir()} == kept
+
+
+def test_a_disk_that_is_full_when_rows_are_kept(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    path, run = recipe(**{"train.epochs": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        message = error_of(capsys, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    file, _, rest = message.partition(": ")
+    assert Path(file).match(f"{run}/.rows-*/train-tokens.npy")
+    assert rest == "cannot be written: File too large; make room or mend it, and run the same command again"
+    assert list(run.iterdir()) == []
+    assert sft(path) == 0
 
 
 def test_stage_2_from_stage_1(recipe: Recipe, chat_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
