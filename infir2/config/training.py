@@ -3,9 +3,9 @@
 from typing import Annotated, ClassVar, Literal
 
 import pydantic
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
-from infir2.config.section import Count, Fraction, Section
+from infir2.config.section import Count, Fraction, Positive, Section
 
 
 class ModelSection(Section):
@@ -17,7 +17,7 @@ class ModelSection(Section):
     path: str | None = None
     """Hugging Face folder to start from (config.json + safetensors). Give this or preset, not both; or neither, with
     init.checkpoint. On the command line, either takes the place of the other in the file, and null unsets it."""
-    vocab_size: Count = 0
+    vocab_size: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     """Rows of the embedding with a preset; 0 takes the tokenizer's size, rounded up to a multiple of 128."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype outside the FP8 GEMMs. Master weights and gradients are always float32."""
@@ -64,7 +64,7 @@ class DataSection(Section):
 
     sources: Annotated[dict[str, PositiveFloat], Field(min_length=1)]
     """Folder made by `infir2 prepare` (or the prefix of a Megatron .bin/.idx pair) -> weight in the mixture."""
-    seq_len: PositiveInt
+    seq_len: Positive
     """Tokens per sequence."""
     document_attention: bool = True
     """True: packed documents attend only to themselves. False: plain causal attention over the sequence."""
@@ -82,9 +82,9 @@ class ChatDataSection(Section):
     """Held-out conversations, named like train."""
     validation_fraction: Fraction = 0.01
     """Share of the rows of train that is held out, at least one row; used where validation is not given."""
-    max_length: PositiveInt = 32_768
+    max_length: Positive = 32_768
     """Longest conversation in tokens."""
-    max_tokens_per_gpu: PositiveInt = 32_768
+    max_tokens_per_gpu: Positive = 32_768
     """Most tokens in one forward pass of one process; conversations are packed up to it."""
     too_long: Literal["drop", "truncate"] = "drop"
     """What is done with a conversation above max_length: left out, or cut at the end. Either is counted."""
@@ -140,13 +140,13 @@ class OptimSection(Section):
 class LoopSection(Section):
     """The training loop, but for how long it runs."""
 
-    global_batch: PositiveInt
+    global_batch: Annotated[int, Field(gt=0, le=2**20)]
     """Sequences per optimiser step, over all ranks."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1236
     """Seed of the weights and of the data order."""
     eval_every: Count = 100
     """Steps between held-out evaluations; 0 = never."""
-    eval_sequences: PositiveInt = 64
+    eval_sequences: Positive = 64
     """Held-out sequences per evaluation."""
     save_every: Count = 1000
     """Steps between checkpoints; the last step is always saved. 0 = only the last step."""
@@ -163,7 +163,7 @@ class LoopSection(Section):
     """torch.compile every decoder layer."""
     deterministic: bool = False
     """Ask torch for deterministic kernels: the same run gives the same bits on the same device."""
-    max_skipped_steps: PositiveInt = 10
+    max_skipped_steps: Positive = 10
     """Stop after this many steps in a row were skipped for a non-finite loss or gradient."""
     accept_changes: bool = False
     """Resume even if the recipe's changes would have given the steps that are done another course."""
@@ -172,9 +172,9 @@ class LoopSection(Section):
 class TrainSection(LoopSection):
     """The training loop over sequences of one length."""
 
-    steps: PositiveInt
+    steps: Positive
     """Optimiser steps of this run."""
-    micro_batch: PositiveInt = 1
+    micro_batch: Positive = 1
     """Sequences per forward pass and rank; the rest of the global batch is gradient accumulation."""
     cuda_graphs: bool = False
     """Run micro-batches as CUDA graphs, so that the GPU does not wait for Python. Same numbers. Used by a single
@@ -184,7 +184,7 @@ class TrainSection(LoopSection):
 class EpochTrainSection(LoopSection):
     """The training loop over rows that are visited a number of times."""
 
-    epochs: PositiveInt
+    epochs: Positive
     """Times that every row is seen. The number of steps follows from rows, epochs and global_batch."""
     cuda_graphs: bool = False
     """Fill every micro-batch up to data.max_tokens_per_gpu, so that all have one shape, and run them as a CUDA graph:
@@ -198,7 +198,7 @@ class EpochTrainSection(LoopSection):
 class ParallelSection(Section):
     """How torchrun's processes are used; one process needs nothing here."""
 
-    replicate: PositiveInt = 1
+    replicate: Positive = 1
     """Copies of the sharded model (hybrid sharding); the remaining factor of the world size shards (FSDP2)."""
     reshard_after_forward: bool = True
     """Free gathered parameters after each layer's forward pass (less memory, one more gather)."""
@@ -225,7 +225,7 @@ class SftInitSection(InitSection):
 class LogSection(Section):
     """What is written while training. metrics.jsonl is always written."""
 
-    every: PositiveInt = 1
+    every: Positive = 1
     """Steps between two lines of metrics."""
     tensorboard: bool = True
     """Also write TensorBoard events."""
