@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field, PositiveFloat
 
-from infir2.config.section import MOST, Count, Positive, Section
+from infir2.config.section import MOST, Count, Name, OptionalName, Positive, Section
 from infir2.config.training import LoopSection, SftInitSection, TrainingConfig, TrainSection, check_ramps
 
 _BLOCK = 16
@@ -15,18 +15,18 @@ _BLOCK = 16
 class RlDataSection(Section):
     """What reinforcement learning asks the model: prompts, one a row, each with what its answers are scored against."""
 
-    train: str
+    train: Name
     """A .jsonl (also .gz, .zst) or .parquet file, a folder of them, or the name of a data set (owner/name or
     owner/name:split). Rows hold prompt (text, or messages) and label: the form of DAPO-math-17k."""
-    validation: str | None = None
+    validation: OptionalName = None
     """Held-out prompts, named like train; needed where train.eval_every is not 0."""
     max_prompt_tokens: Positive = 2048
     """Longest prompt; longer ones are left out and counted."""
     max_tokens_per_gpu: Positive = 32_768
     """Most tokens in one forward pass of the trainer; samples are packed up to it."""
-    chat_template: str = "auto"
+    chat_template: Name = "auto"
     """auto = the tokenizer's own, else chatml; chatml = the one that comes with infir2; or a .jinja file."""
-    tokenizer: str | None = None
+    tokenizer: OptionalName = None
     """Tokenizer folder; by default that of the model that training starts from."""
     max_bad_rows: str = "1%"
     """Bad rows to tolerate: a count such as 20, or a share such as 1%."""

@@ -12,6 +12,11 @@ Count = Annotated[int, Field(ge=0, le=MOST)]
 Positive = Annotated[int, Field(gt=0, le=MOST)]
 
 
+Name = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+"""Of a file, a folder or what may be one."""
+OptionalName = Annotated[str | None, Field(min_length=1, pattern=r"^[^\x00]*$")]
+
+
 class Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 import pydantic
 from pydantic import Field, PositiveFloat
 
-from infir2.config.section import Count, Fraction, Positive, Section
+from infir2.config.section import Count, Fraction, Name, OptionalName, Positive, Section
 
 
 class ModelSection(Section):
@@ -14,7 +14,7 @@ class ModelSection(Section):
     alternatives: ClassVar[tuple[str, ...]] = ("preset", "path")
     preset: str | None = None
     """Architecture with random weights: micro, tiny, small-150m, qwen2.5-0.5b, qwen2.5-1.5b or qwen2.5-7b."""
-    path: str | None = None
+    path: OptionalName = None
     """Hugging Face folder to start from (config.json + safetensors). Give this or preset, not both; or neither, with
     init.checkpoint. On the command line, either takes the place of the other in the file, and null unsets it."""
     vocab_size: Annotated[int, Field(ge=0, le=10_000_000)] = 0
@@ -62,7 +62,7 @@ class Fp8Section(Section):
 class DataSection(Section):
     """What the model reads."""
 
-    sources: Annotated[dict[str, PositiveFloat], Field(min_length=1)]
+    sources: Annotated[dict[Name, PositiveFloat], Field(min_length=1)]
     """Folder made by `infir2 prepare` (or the prefix of a Megatron .bin/.idx pair) -> weight in the mixture."""
     seq_len: Positive
     """Tokens per sequence."""
@@ -75,10 +75,10 @@ class DataSection(Section):
 class ChatDataSection(Section):
     """What supervised fine-tuning learns from: conversations, one a row."""
 
-    train: str
+    train: Name
     """A .jsonl (also .gz, .zst) or .parquet file, a folder of them, or the name of a data set (owner/name or
     owner/name:split) that the package datasets can load. Rows hold messages, or prompt and completion."""
-    validation: str | None = None
+    validation: OptionalName = None
     """Held-out conversations, named like train."""
     validation_fraction: Fraction = 0.01
     """Share of the rows of train that is held out, at least one row; used where validation is not given."""
@@ -88,9 +88,9 @@ class ChatDataSection(Section):
     """Most tokens in one forward pass of one process; conversations are packed up to it."""
     too_long: Literal["drop", "truncate"] = "drop"
     """What is done with a conversation above max_length: left out, or cut at the end. Either is counted."""
-    chat_template: str = "auto"
+    chat_template: Name = "auto"
     """auto = the tokenizer's own, else chatml; chatml = the one that comes with infir2; or a .jinja file."""
-    tokenizer: str | None = None
+    tokenizer: OptionalName = None
     """Tokenizer folder; by default that of the model that training starts from."""
     max_bad_rows: str = "1%"
     """Bad rows to tolerate: a count such as 20, or a share such as 1%."""
@@ -209,7 +209,7 @@ class ParallelSection(Section):
 class InitSection(Section):
     """Start from another run's checkpoint: weights and optimiser state kept, schedule fresh (a WSD decay run)."""
 
-    checkpoint: str | None = None
+    checkpoint: OptionalName = None
     """A checkpoint folder (runs/NAME/checkpoints/step-N), or a run folder for its newest one."""
     keep_optimizer: bool = True
     """Keep the optimiser's moments; False starts them at zero."""
@@ -238,7 +238,7 @@ class LogSection(Section):
 class TrainingConfig(Section):
     """What every training stage needs; each stage adds its own data section."""
 
-    run: Annotated[str, Field(min_length=1)]
+    run: Name
     """Run folder: config.toml, metrics.jsonl, checkpoints/ and more are written there."""
     model: ModelSection = ModelSection()
     fp8: Fp8Section = Fp8Section()

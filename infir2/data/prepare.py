@@ -1,5 +1,6 @@
 """Text files to a folder of token shards, with a tokenizer brought along or trained on the text."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,8 @@ def _check_options(options: Options) -> None:
     if not 0 <= options.validation_fraction < 1:
         raise DataError(f"--validation-fraction {options.validation_fraction}: must be at least 0 and below 1")
     for name in ("shard_tokens", "max_doc_bytes", "tokenizer_sample_bytes", "max_bytes"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+        if (value := getattr(options, name)) is not None and not 1 <= value < 2**62:
+            raise DataError(f"--{name.replace('_', '-')} {value}: must be at least 1 and below 2**62")
     if options.workers < 0 or options.seed < 0:
         raise DataError("--workers and --seed must not be negative")
 
@@ -106,15 +107,18 @@ def _check_options(options: Options) -> None:
 def _check_replaceable(out: Path, inputs: Sequence[str | Path] = ()) -> None:
     """Raises DataError unless ``out`` is missing, empty, or a prepared folder without anything added, no input lies
     inside it, and it lies inside no input."""
-    place = out.resolve()
+    place = Path(os.path.realpath(out))  # Path.resolve refuses links in a circle, and Path.exists names of any length
     for given in inputs:
-        if Path(given).resolve().is_relative_to(place):
+        where = Path(os.path.realpath(given))
+        if where.is_relative_to(place):
             raise DataError(f"{given}: lies inside --out {out}, which would be replaced. Choose another --out.")
-        if place.is_relative_to(Path(given).resolve()):
+        if place.is_relative_to(where):
             raise DataError(
                 f"--out {out}: lies inside {given}, whose text would hold it the next time. Choose another --out."
             )
-    if not out.exists():
+    if os.path.islink(place):
+        raise DataError(f"--out {out}: is a link that leads in a circle. Choose another --out.")
+    if not os.path.exists(out):
         return
     if not out.is_dir():
         raise DataError(f"{out}: is a file. Choose another --out.")

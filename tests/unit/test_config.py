@@ -89,6 +89,8 @@ def test_a_file_of_an_editor_that_writes_a_byte_order_mark(recipe: Path) -> None
             "model: is a section, with the keys preset, path, vocab_size, dtype, init_std (got 'tiny'",
         ),
         (["--data.sources", "data/x"], """in quotes: --data.sources '{ "data/x" = 1.0 }'"""),
+        (["--init.checkpoint", ""], "init.checkpoint: string should have at least 1 character (got '')"),
+        (["--model.path", "a\0b"], "model.path: string should match pattern"),
         (["--train.steps", "null"], "train.steps: input should be a valid integer"),
         (["--train.steps", "9" * 5000], "train.steps: unable to parse input string as an integer"),
     ],

@@ -273,6 +273,12 @@ def test_a_place_that_is_a_link(tmp_path: Path) -> None:
         (("A", "--vocab-size", 10**20), "a byte-level tokenizer has 261 to 10,000,000 tokens"),
         (("",), "'': no such file or folder"),
         (("x" * 300,), "xxx: no such file or folder"),
+        (("A", "--out", "x" * 300), "xxx: cannot be written: File name too long"),
+        (("LOOP",), "LOOP: no such file or folder"),
+        (("A", "--out", "LOOP"), "--out LOOP: is a link that leads in a circle"),
+        (("/dev/null",), "/dev/null: is neither a file nor a folder"),
+        (("A", "--max-doc-bytes", 2**70), f"--max-doc-bytes {2**70}: must be at least 1 and below 2**62"),
+        (("A", "--max-bad-rows", "few"), "--max-bad-rows: 'few' is neither a count such as 20 nor a share"),
         (("A", "A"), "named twice: by"),
         (("A", "FOLDER"), "named twice: by"),
         (("FOLDER", "--out", "FOLDER/data/out"), "lies inside FOLDER, whose text would hold it the next time"),
@@ -285,8 +291,13 @@ def test_a_place_that_is_a_link(tmp_path: Path) -> None:
 def test_mistakes_are_told(tmp_path: Path, words: tuple[object, ...], said: str) -> None:
     write_rows(tmp_path / "a.jsonl", 50)
 
+    loop = tmp_path.with_name(f"{tmp_path.name}-links") / "loop"
+    loop.parent.mkdir()
+    loop.symlink_to(loop)
+
     def filled(word: object) -> str:
-        return str(word).replace("A", str(tmp_path / "a.jsonl")).replace("FOLDER", str(tmp_path))
+        named = str(word).replace("LOOP", str(loop)).replace("FOLDER", str(tmp_path))
+        return named.replace("A", str(tmp_path / "a.jsonl"))
 
     out = () if "--out" in words else ("--out", tmp_path.parent / f"{tmp_path.name}-new")
     with pytest.raises(DataError) as raised:

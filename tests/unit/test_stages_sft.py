@@ -357,6 +357,36 @@ def test_a_start_checkpoint_that_is_not_there_is_told_before_rows_are_tokenised(
     assert not run.exists()
 
 
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("file/run", "file: is a file, but a folder is needed; give another --run"),
+        ("lost", "lost: is a link that leads nowhere, but a folder is needed; give another --run"),
+        (
+            "/proc/run",
+            "/proc/run: cannot be written: No such file or directory; give another --run",
+        ),  # not even by root
+        ("x" * 300, "xxx: cannot be read: File name too long"),
+        ("", "command line: run: string should have at least 1 character"),
+        ("a\0b", "command line: run: string should match pattern"),
+    ],
+)
+def test_a_run_folder_that_cannot_be_made_is_told_before_rows_are_tokenised(
+    recipe: Recipe,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr("infir2.launch.sft_rows.tokenize", lambda *args, **options: pytest.fail("rows are read"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "lost").symlink_to("/nowhere/x")
+    path, _ = recipe()
+    assert said in error_of(capsys, path, "--run", place)
+
+
 def test_models_and_tokenizers_that_do_not_fit(
     recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path, chat_model: Path
 ) -> None:
