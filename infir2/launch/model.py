@@ -100,7 +100,7 @@ def build_model(config: TrainingConfig, architecture: ModelConfig, world: World)
         reshard_after_forward=config.parallel.reshard_after_forward,
         when_gathered=refresh_stale,
     )
-    model.to_empty(device=world.device)
+    _allocate(model, world.device)
     if config.model.path is not None:
         load_into(model, config.model.path)
     elif config.model.preset is not None:
@@ -108,6 +108,19 @@ def build_model(config: TrainingConfig, architecture: ModelConfig, world: World)
         for name, value in model.initial_values(config.train.seed):
             fill(parameters[name], value)
     return model, report
+
+
+def _allocate(model: CausalLM, device: torch.device) -> None:
+    """Give a model on the meta device its memory. Raises ConfigError where there is not enough."""
+    try:
+        model.to_empty(device=device)
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; a CPU's has no name of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"the model's {model.config.num_parameters():,} parameters do not fit into the memory of this device "
+            f"({device}); --dry-run tells how much training needs"
+        ) from None
 
 
 def start_model(

@@ -116,6 +116,8 @@ def _save_rows(rows: SftRows, folder: Path, key: str) -> None:
     temporary = folder.with_name(f".rows-{uuid.uuid4().hex[:8]}")
     hashes = {"sha256": rows.sha256, "held_out_sha256": rows.held_out_sha256}
     record = {"key": key, **hashes, "counts": {name: asdict(c) for name, c in rows.counts.items()}}
+    for left in folder.parent.glob(".rows-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         with writing(folder):
             temporary.mkdir(parents=True)

@@ -1,6 +1,8 @@
 """What goes wrong at the start of `infir2 cpt`: told in one line, and nothing is written."""
 
 import json
+import re
+import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -213,6 +215,22 @@ def test_a_run_folder_that_cannot_remember_what_was_verified(
     (run / "run.json").touch()
     assert error_of(capsys, path).startswith(f"{run}/verified_data.json: cannot be written: Is a directory; make room")
     assert not (run / "checkpoints").exists()
+
+
+def test_a_model_that_no_memory_holds(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], start_model: Path, tmp_path: Path
+) -> None:
+    large = shutil.copytree(start_model, tmp_path / "large")
+    content = json.loads((large / "config.json").read_text()) | {"num_hidden_layers": 1, "intermediate_size": 2**31 - 1}
+    (large / "config.json").write_text(json.dumps(content))
+    path, _ = recipe(**{"model.path": str(large), "fp8.recipe": "bf16"})
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**39, limits[1]))
+    try:
+        message = error_of(capsys, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert re.fullmatch(r"the model's 8\d\d,[\d,]+ parameters do not fit into the memory of this device .*", message)
 
 
 def test_a_meta_json_that_is_no_checkpoints(recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

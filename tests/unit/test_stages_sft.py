@@ -230,6 +230,14 @@ def test_a_disk_that_is_full_when_rows_are_kept(recipe: Recipe, capsys: pytest.C
     assert sft(path) == 0
 
 
+def test_what_a_killed_process_left_of_its_rows_is_cleared_away(recipe: Recipe) -> None:
+    path, run = recipe(**{"train.epochs": 1})
+    (run / ".rows-0123abcd").mkdir(parents=True)
+    (run / ".rows-0123abcd/train-tokens.npy").write_bytes(b"half of it")
+    assert sft(path) == 0
+    assert [item.name for item in run.iterdir() if "rows" in item.name] == ["rows"]
+
+
 def test_stage_2_from_stage_1(recipe: Recipe, chat_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, first = recipe("one", **{"train.epochs": 1, "data.chat_template": "chatml"})
     assert sft(one) == 0
