@@ -261,7 +261,10 @@ def _walk(folder: Path, exclude: Sequence[str]) -> Iterator[Path]:
 
     for place, folders, files in os.walk(folder, onerror=fail):
         folders[:] = sorted(filter(wanted, folders))
-        yield from (Path(place, name) for name in sorted(filter(wanted, files)) if Path(place, name).is_file())
+        try:
+            yield from [path for name in sorted(filter(wanted, files)) if (path := Path(place, name)).is_file()]
+        except OSError as error:
+            fail(error)
 
 
 # Each reader yields (line number from 1, a function that gives the text or raises BadRow, bytes of the file passed).

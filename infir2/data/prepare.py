@@ -16,6 +16,7 @@ from infir2.data.dataset import (
     DatasetRecord,
     ShardWriter,
     SourceCount,
+    names_in,
     write_record,
 )
 from infir2.data.documents import (
@@ -122,7 +123,7 @@ def _check_replaceable(out: Path, inputs: Sequence[str | Path] = ()) -> None:
         return
     if not out.is_dir():
         raise DataError(f"{out}: is a file. Choose another --out.")
-    names = sorted(entry.name for entry in out.iterdir())
+    names = names_in(out)
     if names and RECORD not in names:
         raise DataError(f"{out}: exists and is not a prepared data set. Choose another --out, or empty it yourself.")
     ours = (RECORD, "tokenizer", *(f"{split}-" for split in SPLITS))

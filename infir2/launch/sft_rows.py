@@ -18,7 +18,7 @@ from infir2.data.conversations import ConversationSource
 from infir2.data.documents import RowLedger
 from infir2.data.order import held_out_rows
 from infir2.data.sft import RowCounts, TokenRows, tokenize_rows
-from infir2.durable import write_file
+from infir2.durable import naming, write_file
 from infir2.errors import DataError
 from infir2.launch.held_folder import writing
 from infir2.launch.progress import share_bar
@@ -125,7 +125,8 @@ def _save_rows(rows: SftRows, folder: Path, key: str) -> None:
             rows.validation.save(temporary, "validation")
             write_file(temporary / "rows.json", (json.dumps(record, indent=1) + "\n").encode())
             if folder.exists():
-                shutil.rmtree(folder)
+                with naming(folder):
+                    shutil.rmtree(folder)
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,6 +1,7 @@
 """What goes wrong at the start of `infir2 cpt`: told in one line, and nothing is written."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -32,6 +33,8 @@ Recipe = Callable[..., tuple[Path, Path]]
         (("--data.seq_len", "129"), "data.seq_len: 129 tokens exceed the model's max_position_embeddings (128)"),
         (("--data.sources", "{ '/nowhere/x' = 1.0 }"), "data.sources: /nowhere/x: there is neither a folder"),
         (("--model.path", "/nowhere/model"), "/nowhere/model: no such model folder"),
+        (("--model.path", "x" * 300), "xxx: no such model folder"),
+        (("--data.sources", f"{{ {'x' * 300} = 1.0 }}"), "xxx: there is neither a folder"),
         (("--parallel.replicate", "2"), "parallel.replicate (2) does not divide the 1 process(es)"),
         (("--data.sources", "{}"), "data.sources: dictionary should have at least 1 item"),
         (("--data.sources", "{ x = inf }"), "data.sources.x: input should be a finite number"),
@@ -215,6 +218,13 @@ def test_a_run_folder_that_cannot_remember_what_was_verified(
     (run / "run.json").touch()
     assert error_of(capsys, path).startswith(f"{run}/verified_data.json: cannot be written: Is a directory; make room")
     assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_data_that_may_not_be_read(recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path, _ = recipe(**{"data.sources": {str(tmp_path / "data"): 1.0}})
+    (tmp_path / "data").mkdir(mode=0)
+    assert error_of(capsys, path) == f"{tmp_path}/data: cannot be read: Permission denied"
 
 
 def test_a_model_that_no_memory_holds(

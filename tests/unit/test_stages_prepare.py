@@ -306,6 +306,23 @@ def test_mistakes_are_told(tmp_path: Path, words: tuple[object, ...], said: str)
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("mode", [0, 0o444])
+def test_folders_that_may_not_be_read(tmp_path: Path, mode: int) -> None:
+    write_rows(tmp_path / "a.jsonl", 5)
+    (tmp_path / "more/inner").mkdir(parents=True)
+    write_rows(tmp_path / "more/inner/b.jsonl", 5)
+    (tmp_path / "more/inner").chmod(mode)
+    try:
+        with pytest.raises(DataError, match=r"more/inner.*: cannot be read: Permission denied"):
+            prepare([tmp_path / "more"], tmp_path / "out")
+        if not mode:
+            with pytest.raises(DataError, match=r"more/inner: cannot be read: Permission denied"):
+                prepare([tmp_path / "a.jsonl"], tmp_path / "more/inner")
+    finally:
+        (tmp_path / "more/inner").chmod(0o755)
+
+
 def command(*words: object) -> int:
     parser = argparse.ArgumentParser()
     add_arguments(parser)

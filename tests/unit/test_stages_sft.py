@@ -336,6 +336,7 @@ def test_held_out_rows_that_are_trained_on_are_told(
         (("--data.max_length", "5"), "data.train: no row is left to train on: 21 rows, 21 samples, 0 tokens"),
         (("--data.too_long", "keep"), "data.too_long: input should be 'drop' or 'truncate'"),
         (("--data.tokenizer", "/nowhere"), "/nowhere: no such folder, so no tokenizer. Nothing is"),
+        (("--model.path", "x" * 300), "xxx: no such folder, so no tokenizer. Nothing is"),
         (("--data.chat_template", "/nowhere.jinja"), "data.chat_template: /nowhere.jinja: cannot be read"),
         (("--data.max_bad_rows", "many"), "data.max_bad_rows: 'many' is neither a count such as 20 nor a share"),
         (("--data.validation_fraction", "0.0"), "train.eval_every: no row is held out; give data.validation or"),
