@@ -8,14 +8,26 @@ import itertools
 import os
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from infir2.errors import UserError
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the block names ``path``: of a full disk the system does not say which file met it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a new file and fsync it; for a folder that is renamed as a whole when it is finished."""
-    with open(path, "xb") as file:
+    with naming(path), open(path, "xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -28,8 +40,9 @@ def replace_file(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        write_file(temporary, data)
-        os.replace(temporary, path)
+        with naming(path):
+            write_file(temporary, data)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

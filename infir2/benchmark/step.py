@@ -31,10 +31,10 @@ from infir2.train.optimizer import build_optimizer
 # Kernel families of --profile: the first pattern that a kernel's name matches.
 _FAMILIES = (
     ("attention", r"cudnn|flash|fmha|sdpa|attention|_(decode|join|prompt|write|into_cache)_kernel"),
-    ("quantise", r"_tile_kernel|_cast_kernel|_amax_kernel|_rows_kernel|_transpose"),
-    ("norm, rotary, SwiGLU (and quantise)", r"_norm_(quantize_|backward_)?kernel|_swiglu|_silu_mul|_rotate_kernel"),
+    ("quantise", r"_(tile|cast|amax|rows|fidelity)_kernel|_transpose"),
+    ("norm, rotary, SwiGLU (and quantise)", r"_norm_(quantize_|backward_)?kernel|_swiglu|_silu_mul|_rotate_"),
     ("sampling", r"_sums_kernel|_draw_kernel|_filter_kernel"),
-    ("cross-entropy", r"_softmax_gradient"),
+    ("cross-entropy", r"_softmax_gradient|_token_(statistics|gradient)_kernel"),
     ("gemm fp8", r"nvjet_sm\d+_qq|e4m3|fp8|f8|_parts_kernel"),
     ("gemm bf16", r"gemm|nvjet|cutlass|sm90_xmma|matmul"),
     ("optimiser", r"adam"),
@@ -193,6 +193,10 @@ def _recorded(work: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
+def kernel_family(kernel: str) -> str:
+    return next(name for name, pattern in _FAMILIES if re.search(pattern, kernel, re.IGNORECASE))
+
+
 def kernel_profile(work: Callable[[], Any]) -> dict[str, Any]:
     """Milliseconds on the GPU by kernel family, of the longest kernels, and the share of the time in which one ran."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -203,7 +207,7 @@ def kernel_profile(work: Callable[[], Any]) -> dict[str, Any]:
     families: dict[str, float] = dict.fromkeys((name for name, _ in _FAMILIES), 0.0)
     kernels: Counter[str] = Counter()
     for event in events:
-        family = next(name for name, pattern in _FAMILIES if re.search(pattern, event.name, re.IGNORECASE))
+        family = kernel_family(event.name)
         families[family] += event.time_range.elapsed_us() / 1e3
         kernels[event.name[:100]] += event.time_range.elapsed_us() / 1e3
     spans = sorted((e.time_range.start, e.time_range.end) for e in events)

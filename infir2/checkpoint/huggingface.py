@@ -6,6 +6,7 @@ streams shards into a temporary folder that is renamed when it is complete. No c
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ _LEFTOVER = "rotary_emb.inv_freq"  # A constant that old Llama folders store; ev
 def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json as a dictionary; nothing in it is executed or looked up. Raises CheckpointError."""
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CheckpointError(f"{folder}: no such model folder. {how_to_fetch(str(folder))}")
     config = _read_json(folder / CONFIG)
     if not isinstance(config.get("model_type"), str):
@@ -319,6 +320,7 @@ def _opened(folder: Path, file: str) -> Iterator[Any]:
     if not _stays_inside(path, folder):
         raise CheckpointError(f"{path}: refused: a link that leaves the model folder")
     try:
+        open(path, "rb").close()  # safetensors says of a file that may not be read that there is none
         handle = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}; copy or fetch it again") from error

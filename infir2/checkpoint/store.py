@@ -225,7 +225,8 @@ class CheckpointStore:
                 shutil.rmtree(temporary, ignore_errors=True)
             why = reason(error)
             raise CheckpointError(
-                f"{self.root}: step {step} could not be saved: {why}. Earlier checkpoints are untouched."
+                f"{self.root}: step {step} could not be saved: {why}. Earlier checkpoints are untouched; make room or "
+                "mend it, and run the same command again"
             ) from error
         self._on_disk.append(step)
         self._ranks.lead(lambda: self._retire(final))

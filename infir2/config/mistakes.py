@@ -10,6 +10,8 @@ from infir2.config.keys import all_keys, section_at
 from infir2.config.section import Section
 
 _ORDER = {"extra_forbidden": 0, "missing": 2}  # other mistakes in between
+_LONGEST = 200
+"""Characters of a value that a message repeats."""
 _LIKE_A_SIBLING, _LIKE_ANY = 0.5, 0.75
 """How much a word must resemble a key of the same section, and one of another section."""
 
@@ -75,7 +77,8 @@ def _sentence(kind: type[Section], key: str, problem: Any) -> str:
     if problem["type"] == "dict_type" and isinstance(given, str):
         table = f'{{ "{given}" = 1.0 }}'
         return f"{key}: needs a weight for {given!r}: {table}; on the command line in quotes: --{key} '{table}'"
-    return f"{key}: {message[0].lower()}{message[1:]} (got {given!r})"
+    shown = repr(given) if len(repr(given)) <= _LONGEST else f"{repr(given)[:_LONGEST]}..."
+    return f"{key}: {message[0].lower()}{message[1:]} (got {shown})"
 
 
 def _words(loc: Sequence[Any]) -> list[str]:

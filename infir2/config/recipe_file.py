@@ -17,6 +17,8 @@ from infir2.config.section import Section
 from infir2.errors import ConfigError
 
 C = TypeVar("C", bound=Section)
+_NOT_TOML = (ValueError, RecursionError)
+"""TOMLDecodeError is a ValueError; a number of thousands of digits is another, and so deep a nesting the other."""
 
 
 def load(kind: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
@@ -56,10 +58,10 @@ def parse(kind: type[C], text: str, name: str) -> C:
     """A configuration from TOML text; ``name`` is what error messages call it."""
     try:
         return kind.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{name}: not valid TOML: {error}") from None
     except pydantic.ValidationError as error:
         raise ConfigError(explain(kind, error, lambda key: name)) from None
+    except _NOT_TOML as error:
+        raise ConfigError(f"{name}: not valid TOML: {error}") from None
 
 
 def to_toml(config: Section) -> str:
@@ -74,10 +76,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe file") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except _NOT_TOML as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
 def _apply_overrides(kind: type[Section], table: dict[str, Any], overrides: Sequence[str]) -> set[str]:
@@ -121,7 +123,7 @@ def _toml_value(text: str) -> Any:
     """A value in TOML notation (1e-4, true, [1, 2], { a = 1 }); anything else is taken as a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except _NOT_TOML:
         return text
 
 

@@ -3,9 +3,9 @@
 from typing import Annotated, Literal
 
 import pydantic
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
-from infir2.config.section import Count, Section
+from infir2.config.section import MOST, Count, Name, OptionalName, Positive, Section
 from infir2.config.training import LoopSection, SftInitSection, TrainingConfig, TrainSection, check_ramps
 
 _BLOCK = 16
@@ -15,18 +15,18 @@ _BLOCK = 16
 class RlDataSection(Section):
     """What reinforcement learning asks the model: prompts, one a row, each with what its answers are scored against."""
 
-    train: str
+    train: Name
     """A .jsonl (also .gz, .zst) or .parquet file, a folder of them, or the name of a data set (owner/name or
     owner/name:split). Rows hold prompt (text, or messages) and label: the form of DAPO-math-17k."""
-    validation: str | None = None
+    validation: OptionalName = None
     """Held-out prompts, named like train; needed where train.eval_every is not 0."""
-    max_prompt_tokens: PositiveInt = 2048
+    max_prompt_tokens: Positive = 2048
     """Longest prompt, in tokens; longer ones are left out and counted."""
-    max_tokens_per_gpu: PositiveInt = 32_768
+    max_tokens_per_gpu: Positive = 32_768
     """Most tokens in one forward pass of the trainer; samples are packed up to it."""
-    chat_template: str = "auto"
+    chat_template: Name = "auto"
     """auto = the tokenizer's own, else chatml; chatml = the one that comes with infir2; or a .jinja file."""
-    tokenizer: str | None = None
+    tokenizer: OptionalName = None
     """Tokenizer folder; by default that of the model that training starts from."""
     max_bad_rows: str = "1%"
     """Bad rows to tolerate: a count such as 20, or a share such as 1%."""
@@ -35,24 +35,24 @@ class RlDataSection(Section):
 class RolloutSection(Section):
     """What is sampled for one rollout, and the sizes of the engine that samples it."""
 
-    prompts: PositiveInt = 128
+    prompts: Positive = 128
     """Prompts whose groups are trained on in one rollout."""
-    samples: Annotated[int, Field(ge=2)] = 16
+    samples: Annotated[int, Field(ge=2, le=MOST)] = 16
     """Samples of each prompt: its group."""
-    max_new_tokens: PositiveInt = 8192
+    max_new_tokens: Positive = 8192
     """Longest response, in tokens."""
     temperature: Annotated[float, Field(ge=1e-5)] = 1.0  # what is below is greedy to the engine
     """Sampling temperature; the trainer computes its log-probabilities under the same one. No top-p, no top-k."""
     filter_groups: bool = True
     """Leave out groups whose scores, the penalty of reward.overlong_buffer aside, are all the same, and sample other
     prompts in their place (DAPO)."""
-    oversample: PositiveInt = 3
+    oversample: Positive = 3
     """Prompts tried for one rollout, at most, in multiples of prompts."""
-    cache_tokens: PositiveInt = 262_144
+    cache_tokens: Positive = 262_144
     """Tokens whose keys and values the engine's cache holds; room for the longest prompt and response at least."""
-    max_sequences: PositiveInt = 256
+    max_sequences: Positive = 256
     """Samples that run at once."""
-    max_batch_tokens: PositiveInt = 8192
+    max_batch_tokens: Positive = 8192
     """Tokens of one forward pass of the engine."""
     cache_dtype: Literal["auto", "fp8"] = "auto"
     """auto = keys and values in the compute dtype; fp8 = in half of that, rounded."""
@@ -106,7 +106,7 @@ class PolicySection(Section):
 class RlEvalSection(Section):
     """Held-out evaluation, every train.eval_every steps over the first train.eval_sequences prompts."""
 
-    samples: PositiveInt = 1
+    samples: Positive = 1
     """Samples of each prompt; the mean reward is reported."""
     temperature: Annotated[float, Field(ge=0.0)] = 0.0
     """0 = greedy."""
@@ -117,7 +117,7 @@ class RlEvalSection(Section):
 class RlTrainSection(LoopSection):
     """The training loop over rollouts."""
 
-    steps: PositiveInt
+    steps: Positive
     """Optimiser steps of this run. A rollout serves rollout.prompts x rollout.samples / global_batch of them."""
 
     def loop(self) -> TrainSection:

@@ -3,9 +3,9 @@
 from typing import Annotated, ClassVar, Literal
 
 import pydantic
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
-from infir2.config.section import Count, Fraction, Section
+from infir2.config.section import Count, Fraction, Name, OptionalName, Positive, Section
 
 
 class ModelSection(Section):
@@ -14,10 +14,10 @@ class ModelSection(Section):
     alternatives: ClassVar[tuple[str, ...]] = ("preset", "path")
     preset: str | None = None
     """Architecture with random weights: micro, tiny, small-150m, qwen2.5-0.5b, qwen2.5-1.5b or qwen2.5-7b."""
-    path: str | None = None
+    path: OptionalName = None
     """Hugging Face folder to start from (config.json + safetensors). Give this or preset, not both; or neither, with
     init.checkpoint. On the command line, either takes the place of the other in the file, and null unsets it."""
-    vocab_size: Count = 0
+    vocab_size: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     """Rows of the embedding with a preset; 0 takes the tokenizer's size, rounded up to a multiple of 128."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype outside the FP8 GEMMs. Master weights and gradients are always float32."""
@@ -62,9 +62,9 @@ class Fp8Section(Section):
 class DataSection(Section):
     """What the model reads."""
 
-    sources: Annotated[dict[str, PositiveFloat], Field(min_length=1)]
+    sources: Annotated[dict[Name, PositiveFloat], Field(min_length=1)]
     """Folder made by `infir2 prepare` (or the prefix of a Megatron .bin/.idx pair) -> weight in the mixture."""
-    seq_len: PositiveInt
+    seq_len: Positive
     """Tokens per sequence."""
     document_attention: bool = True
     """true = packed documents attend only to themselves; false = plain causal attention over the sequence."""
@@ -75,22 +75,22 @@ class DataSection(Section):
 class ChatDataSection(Section):
     """What supervised fine-tuning learns from: conversations, one a row."""
 
-    train: str
+    train: Name
     """A .jsonl (also .gz, .zst) or .parquet file, a folder of them, or the name of a data set (owner/name or
     owner/name:split) that the package datasets can load. Rows hold messages, or prompt and completion."""
-    validation: str | None = None
+    validation: OptionalName = None
     """Held-out conversations, named like train."""
     validation_fraction: Fraction = 0.01
     """Share of the rows of train that is held out, at least one row; used where validation is not given."""
-    max_length: PositiveInt = 32_768
+    max_length: Positive = 32_768
     """Longest conversation in tokens."""
-    max_tokens_per_gpu: PositiveInt = 32_768
+    max_tokens_per_gpu: Positive = 32_768
     """Most tokens in one forward pass of one process; conversations are packed up to it."""
     too_long: Literal["drop", "truncate"] = "drop"
     """What is done with a conversation above max_length: left out, or cut at the end. Either is counted."""
-    chat_template: str = "auto"
+    chat_template: Name = "auto"
     """auto = the tokenizer's own, else chatml; chatml = the one that comes with infir2; or a .jinja file."""
-    tokenizer: str | None = None
+    tokenizer: OptionalName = None
     """Tokenizer folder; by default that of the model that training starts from."""
     max_bad_rows: str = "1%"
     """Bad rows to tolerate: a count such as 20, or a share such as 1%."""
@@ -141,13 +141,13 @@ class OptimSection(Section):
 class LoopSection(Section):
     """The training loop, but for how long it runs."""
 
-    global_batch: PositiveInt
+    global_batch: Annotated[int, Field(gt=0, le=2**20)]
     """Sequences per optimiser step, over all ranks."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1236
     """Seed of the weights and of the data order."""
     eval_every: Count = 100
     """Steps between held-out evaluations; 0 = never."""
-    eval_sequences: PositiveInt = 64
+    eval_sequences: Positive = 64
     """Held-out sequences per evaluation."""
     save_every: Count = 1000
     """Steps between checkpoints; the last step is always saved. 0 = only the last step."""
@@ -164,7 +164,7 @@ class LoopSection(Section):
     """torch.compile what is not a kernel of its own in decoder layers: all but attention, and fused FP8."""
     deterministic: bool = False
     """Ask torch for deterministic kernels: the same run gives the same bits on the same device."""
-    max_skipped_steps: PositiveInt = 10
+    max_skipped_steps: Positive = 10
     """Stop after this many steps in a row were skipped for a non-finite loss or gradient."""
     accept_changes: bool = False
     """Resume even if the recipe's changes would have given the steps that are done another course."""
@@ -173,9 +173,9 @@ class LoopSection(Section):
 class TrainSection(LoopSection):
     """The training loop over sequences of one length."""
 
-    steps: PositiveInt
+    steps: Positive
     """Optimiser steps of this run."""
-    micro_batch: PositiveInt = 1
+    micro_batch: Positive = 1
     """Sequences per forward pass and rank; the rest of the global batch is gradient accumulation."""
     cuda_graphs: bool = False
     """Run micro-batches as CUDA graphs, so that the GPU does not wait for Python. Same numbers. Used by a single
@@ -185,7 +185,7 @@ class TrainSection(LoopSection):
 class EpochTrainSection(LoopSection):
     """The training loop over rows that are visited a number of times."""
 
-    epochs: PositiveInt
+    epochs: Positive
     """Times that every row is seen. The number of steps follows from rows, epochs and global_batch."""
     cuda_graphs: bool = False
     """Fill every micro-batch up to data.max_tokens_per_gpu, so that all have one shape, and run them as a CUDA graph:
@@ -199,7 +199,7 @@ class EpochTrainSection(LoopSection):
 class ParallelSection(Section):
     """How torchrun's processes are used; one process needs nothing here."""
 
-    replicate: PositiveInt = 1
+    replicate: Positive = 1
     """Copies of the sharded model (hybrid sharding); the remaining factor of the world size shards (FSDP2)."""
     reshard_after_forward: bool = True
     """Free gathered parameters after each layer's forward pass (less memory, one more gather)."""
@@ -210,7 +210,7 @@ class ParallelSection(Section):
 class InitSection(Section):
     """Start from another run's checkpoint: weights and optimiser state kept, schedule fresh (a WSD decay run)."""
 
-    checkpoint: str | None = None
+    checkpoint: OptionalName = None
     """A checkpoint folder (runs/NAME/checkpoints/step-N), or a run folder for its newest one."""
     keep_optimizer: bool = True
     """Keep the optimiser's moments; false starts them at zero."""
@@ -226,7 +226,7 @@ class SftInitSection(InitSection):
 class LogSection(Section):
     """What is written while training. metrics.jsonl is always written."""
 
-    every: PositiveInt = 1
+    every: Positive = 1
     """Steps between two lines of metrics."""
     tensorboard: bool = True
     """Also write TensorBoard events."""
@@ -239,7 +239,7 @@ class LogSection(Section):
 class TrainingConfig(Section):
     """What every training stage needs; each stage adds its own data section."""
 
-    run: Annotated[str, Field(min_length=1)]
+    run: Name
     """Run folder: config.toml, metrics.jsonl, checkpoints/ and more are written there."""
     model: ModelSection = ModelSection()
     fp8: Fp8Section = Fp8Section()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from infir2.data.documents import UNREADABLE, BadRow, RawFile, find_files, json_lines, object_of_json, printable
-from infir2.data.named_set import load_named
+from infir2.data.named_set import load_named, same_named
 from infir2.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -81,6 +81,18 @@ class RowSource:
             except UNREADABLE as error:
                 raise DataError(f"{printable(file.path)}: cannot be read: {error}") from None
             done += file.size
+
+
+def shared_rows(one: str, other: str) -> list[str]:
+    """What two names of rows, as RowSource takes them, both lead to: files, or a data set."""
+    there = os.path.exists(one), os.path.exists(other)
+    if not any(there):
+        return [one] if same_named(one, other) else []
+    if not all(there):
+        return []
+    mine, theirs = (find_files([name], formats=ROW_FORMATS) for name in (one, other))
+    known = {file.path.resolve() for file in theirs}
+    return [printable(file.path) for file in mine if file.path.resolve() in known]
 
 
 class ConversationSource(RowSource):

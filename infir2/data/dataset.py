@@ -5,6 +5,7 @@ OUT/dataset.json  OUT/tokenizer/  OUT/train-00000.bin  OUT/train-00000.idx  ... 
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -176,6 +177,14 @@ def read_record(folder: Path) -> DatasetRecord:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:  # json, unicode and pydantic errors are all ValueErrors
         raise DataError(f"{path}: damaged: {str(error).splitlines()[0]}. Copy or prepare it again.") from None
+
+
+def names_in(folder: Path) -> list[str]:
+    """What lies in a folder, sorted. Raises DataError where it cannot be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from None
 
 
 class Dataset:

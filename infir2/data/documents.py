@@ -99,8 +99,7 @@ class RowLedger:
         except ValueError:
             self._allowed = -1
         if not self._allowed >= 0 or (self._percent and self._allowed > 1):
-            key = self.option.lstrip("-").replace("-", "_")
-            raise DataError(f"{key}: {self.limit!r} is neither a count such as 20 nor a share such as 1%")
+            raise DataError(f"{self.option}: {self.limit!r} is neither a count such as 20 nor a share such as 1%")
 
     @property
     def bad(self) -> int:
@@ -209,6 +208,8 @@ def find_files(
         path = Path(given)
         if not str(given) or not os.path.exists(path):  # false for a name that is too long, too
             raise DataError(f"{str(given) or repr(given)}: no such file or folder")
+        if not path.is_file() and not path.is_dir():
+            raise DataError(f"{path}: is neither a file nor a folder; write what comes from it into a file first")
         names = [path] if path.is_file() else list(_walk(path, exclude))
         chosen = [(name, form) for name in names if (form := _format_of(name, formats, plain))]
         if not chosen:
@@ -260,7 +261,10 @@ def _walk(folder: Path, exclude: Sequence[str]) -> Iterator[Path]:
 
     for place, folders, files in os.walk(folder, onerror=fail):
         folders[:] = sorted(filter(wanted, folders))
-        yield from (Path(place, name) for name in sorted(filter(wanted, files)) if Path(place, name).is_file())
+        try:
+            yield from [path for name in sorted(filter(wanted, files)) if (path := Path(place, name)).is_file()]
+        except OSError as error:
+            fail(error)
 
 
 # Each reader yields (line number from 1, a function that gives the text or raises BadRow, bytes of the file passed).

@@ -13,6 +13,7 @@ import hashlib
 import os
 import struct
 from array import array
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from infir2.durable import replace_file
+from infir2.durable import naming, replace_file
 from infir2.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -82,7 +83,8 @@ class TokenWriter:
                 f"outside the vocabulary of {self._vocab_size}"
             )
         data = np.ascontiguousarray(tokens, dtype=self.dtype).tobytes()
-        self._file.write(data)
+        with naming(with_ending(self.prefix, ".bin")):
+            self._file.write(data)
         self._hash.update(data)
         self._lengths.append(len(tokens))
         self.tokens += len(tokens)
@@ -97,10 +99,11 @@ class TokenWriter:
         header = HEADER.pack(MAGIC, 1, _CODES[self.dtype.name], n, n + 1)
         arrays = (lengths.astype("<i4"), pointers.astype("<i8"), np.arange(n + 1, dtype="<i8"))
         index = header + b"".join(part.tobytes() for part in arrays)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._temporary, with_ending(self.prefix, ".bin"))
+        with naming(with_ending(self.prefix, ".bin")):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, with_ending(self.prefix, ".bin"))
         replace_file(with_ending(self.prefix, ".idx"), index)
         return WrittenPair(
             tokens=self.tokens,
@@ -113,7 +116,8 @@ class TokenWriter:
 
     def abort(self) -> None:
         """Drop what was written."""
-        self._file.close()
+        with suppress(OSError):  # on a full disk what is still to be written cannot be, once more
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> "TokenWriter":

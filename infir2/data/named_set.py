@@ -50,6 +50,16 @@ def load_named(name: str, key: str) -> Any:
             ) from None
 
 
+def same_named(one: str, other: str) -> bool:
+    """Whether two names mean rows of one data set of which some are surely the same: two slices of it may not be."""
+    splits = []
+    for name in (one, other):
+        place, _, split = name.partition(":")
+        splits.append((place, *(split or "train").partition("[")))
+    (place, split, _, slice), (other_place, other_split, _, other_slice) = splits
+    return (place, split) == (other_place, other_split) and (slice == other_slice or not (slice and other_slice))
+
+
 def _near(path: Path) -> str:
     """A similar name in the folder where the path would lie."""
     try:

@@ -1,5 +1,6 @@
 """Text files to a folder of token shards, with a tokenizer brought along or trained on the text."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from infir2.data.dataset import (
     DatasetRecord,
     ShardWriter,
     SourceCount,
+    names_in,
     write_record,
 )
 from infir2.data.documents import (
@@ -85,7 +87,11 @@ def prepare(
         with built_beside(out) as folder:
             _build(files, inputs, folder, chosen, progress)
     except OSError as error:
-        raise DataError(f"{out}: cannot be written: {error.strerror or error}; nothing of it was kept") from error
+        file = f" ({Path(error.filename).name})" if error.filename else ""
+        raise DataError(
+            f"{out}: cannot be written: {error.strerror or error}{file}; nothing of it was kept. Make room or mend it, "
+            "and run the same command again"
+        ) from error
     return Dataset(out)
 
 
@@ -93,8 +99,8 @@ def _check_options(options: Options) -> None:
     if not 0 <= options.validation_fraction < 1:
         raise DataError(f"--validation-fraction {options.validation_fraction}: must be at least 0 and below 1")
     for name in ("shard_tokens", "max_doc_bytes", "tokenizer_sample_bytes", "max_bytes"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+        if (value := getattr(options, name)) is not None and not 1 <= value < 2**62:
+            raise DataError(f"--{name.replace('_', '-')} {value}: must be at least 1 and below 2**62")
     if options.workers < 0 or options.seed < 0:
         raise DataError("--workers and --seed must not be negative")
 
@@ -102,19 +108,22 @@ def _check_options(options: Options) -> None:
 def _check_replaceable(out: Path, inputs: Sequence[str | Path] = ()) -> None:
     """Raises DataError unless ``out`` is missing, empty, or a prepared folder without anything added, no input lies
     inside it, and it lies inside no input."""
-    place = out.resolve()
+    place = Path(os.path.realpath(out))  # Path.resolve refuses links in a circle, and Path.exists names of any length
     for given in inputs:
-        if Path(given).resolve().is_relative_to(place):
+        where = Path(os.path.realpath(given))
+        if where.is_relative_to(place):
             raise DataError(f"{given}: lies inside --out {out}, which would be replaced. Choose another --out.")
-        if place.is_relative_to(Path(given).resolve()):
+        if place.is_relative_to(where):
             raise DataError(
                 f"--out {out}: lies inside {given}, whose text would hold it the next time. Choose another --out."
             )
-    if not out.exists():
+    if os.path.islink(place):
+        raise DataError(f"--out {out}: is a link that leads in a circle. Choose another --out.")
+    if not os.path.exists(out):
         return
     if not out.is_dir():
         raise DataError(f"{out}: is a file. Choose another --out.")
-    names = sorted(entry.name for entry in out.iterdir())
+    names = names_in(out)
     if names and RECORD not in names:
         raise DataError(f"{out}: exists and is not a prepared data set. Choose another --out, or empty it yourself.")
     ours = (RECORD, "tokenizer", *(f"{split}-" for split in SPLITS))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from infir2.durable import sync_folder
+from infir2.durable import naming, sync_folder
 
 _BUILDING, _REPLACED = ".preparing-", ".old-"
 
@@ -28,7 +28,8 @@ def built_beside(out: Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(out)
     folder = parent / f".{out.name}{_BUILDING}{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
+    with naming(parent):
+        folder.mkdir()
     try:
         with _locked(folder, needed=False):
             yield folder

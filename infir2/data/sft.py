@@ -21,6 +21,7 @@ from infir2.data.conversations import Row
 from infir2.data.documents import BadRow, RowLedger
 from infir2.data.order import shuffled_rows
 from infir2.data.packing import MULTIPLE, best_fit_decreasing, pack_documents
+from infir2.durable import naming
 from infir2.errors import DataError
 from infir2.types import Batch
 
@@ -74,7 +75,7 @@ class TokenRows:
 
     def save(self, folder: Path, name: str) -> None:
         for key in ("tokens", "trained", "offsets"):
-            np.save(folder / f"{name}-{key}.npy", getattr(self, key), allow_pickle=False)
+            _save_array(folder / f"{name}-{key}.npy", getattr(self, key))
 
     @staticmethod
     def open(folder: Path, name: str) -> "TokenRows":
@@ -84,6 +85,14 @@ class TokenRows:
             for key in ("tokens", "trained", "offsets")
         ]
         return TokenRows(*arrays)
+
+
+def _save_array(path: Path, array: NDArray) -> None:
+    """As numpy.save does, which has no word for a full disk but how many elements it has written."""
+    array = np.ascontiguousarray(array)
+    with naming(path), open(path, "xb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What a recipe names under data.sources: a prepared folder or the prefix of a Megatron pair, as two token streams."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from infir2.data.dataset import RECORD, Dataset, ShardFile, Split
+from infir2.data.dataset import RECORD, Dataset, ShardFile, Split, names_in
 from infir2.data.megatron import TokenFile, with_ending
 from infir2.errors import DataError
 
@@ -84,9 +85,9 @@ def open_source(name: str, validation_fraction: float) -> Source:
     path = Path(name)
     if path.suffix in (".bin", ".idx"):
         path = path.with_name(path.name[:-4])
-    if path.is_dir():
+    if os.path.isdir(path):
         return _open_prepared(name, path)
-    if with_ending(path, ".idx").exists() or with_ending(path, ".bin").exists():
+    if any(os.path.exists(with_ending(path, ending)) for ending in (".idx", ".bin")):
         return _open_pair(name, path, validation_fraction)
     raise DataError(
         f"data.sources: {name}: there is neither a folder made by `infir2 prepare` nor a Megatron pair "
@@ -95,7 +96,7 @@ def open_source(name: str, validation_fraction: float) -> Source:
 
 
 def _open_prepared(name: str, folder: Path) -> Source:
-    if not (folder / RECORD).exists():
+    if RECORD not in names_in(folder):
         raise DataError(f"{folder}: no {RECORD}: not a prepared data set. Make one: infir2 prepare TEXT --out {folder}")
     dataset = Dataset(folder)
     record = dataset.record

@@ -61,7 +61,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{path}: no such folder, so no tokenizer. {how_to_fetch(str(path))}")
     bare = path if path.is_file() else path / "tokenizer.json"
     try:
@@ -87,7 +87,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
 
 def has_tokenizer(path: Path) -> bool:
     """Whether a path is a bare tokenizer.json or a folder that holds a tokenizer."""
-    return path.is_file() or any((path / name).is_file() for name in _VOCABULARY_FILES)
+    # Path.is_file raises for names that are too long and folders that cannot be read.
+    return os.path.isfile(path) or any(os.path.isfile(path / name) for name in _VOCABULARY_FILES)
 
 
 class Clash(NamedTuple):

@@ -1,4 +1,5 @@
-"""Before training: are the token shards what `infir2 prepare` wrote, and are their ids the model tokenizer's?"""
+"""Before training: are the token shards what `infir2 prepare` wrote, are their ids the model tokenizer's, and are rows
+that are held out not trained on?"""
 
 import json
 from collections.abc import Sequence
@@ -7,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from infir2.config import ChatDataSection, RlDataSection
+from infir2.data.conversations import shared_rows
 from infir2.data.dataset import ShardFile
 from infir2.data.tokenizer import clash, has_tokenizer
 from infir2.durable import replace_file
-from infir2.errors import DataError
+from infir2.errors import DataError, some_of
 from infir2.launch.held_folder import writing
 from infir2.launch.progress import by_pieces, bytes_bar
 
@@ -73,6 +76,16 @@ def check_same_ids(model: Path, chosen: Path) -> None:
             f"model was trained with, and {other} in {chosen}. Leave data.tokenizer out, name one that adds to it, "
             f"or, where the token was renamed on purpose, copy the new tokenizer over the one in {model}"
         )
+
+
+def check_held_out(data: ChatDataSection | RlDataSection) -> list[str]:
+    """A line where data.validation reads what is trained on. Token shards have splits of their own that are apart."""
+    if data.validation is None or not (shared := shared_rows(data.validation, data.train)):
+        return []
+    return [
+        f"note: data.validation and data.train both read {some_of(shared, 1)}: held-out results are then those of rows "
+        "that are trained on"
+    ]
 
 
 def _verify(files: Sequence[ShardFile], quiet: bool) -> dict[str, str]:

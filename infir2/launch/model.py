@@ -24,9 +24,21 @@ from infir2.parallel.runtime import World
 
 
 def starting_meta(config: TrainingConfig) -> dict[str, Any] | None:
-    """meta.json of the checkpoint that training starts from: the run's own newest, else that of [init], else None."""
-    found = peek_meta(Path(config.run) / "checkpoints")
-    return found or (peek_meta(config.init.checkpoint) if config.init.checkpoint else None)
+    """meta.json of the checkpoint that training starts from: the run's own newest, else that of [init], else None.
+
+    Raises CheckpointError where init.checkpoint is needed and names none, or none with what is to be kept of it.
+    """
+    found, named = peek_meta(Path(config.run) / "checkpoints"), config.init.checkpoint
+    if found is not None or named is None:
+        return found
+    found = peek_meta(named)
+    if found is None:
+        raise _no_start(named)
+    if config.init.keep_optimizer and "converted" in found:
+        raise CheckpointError(
+            f"{named}: has no optimiser state to keep: it was made by `infir2 convert`; set init.keep_optimizer = false"
+        )
+    return found
 
 
 def starting_tokenizer(config: TrainingConfig) -> Path | None:
@@ -36,13 +48,13 @@ def starting_tokenizer(config: TrainingConfig) -> Path | None:
     return Path(name) if name and has_tokenizer(Path(name)) else None
 
 
-def no_start(config: TrainingConfig) -> CheckpointError:
+def _no_start(named: str) -> CheckpointError:
     """That init.checkpoint names nothing to start from."""
-    path = Path(config.init.checkpoint or "").expanduser()
+    path = Path(named).expanduser()
     why = "" if path.is_dir() else ": there is no such folder"
     if (path / "config.json").exists():
         why = ": it looks like a Hugging Face folder, which model.path takes"
-    return CheckpointError(f"{config.init.checkpoint}: no checkpoint to start from{why}")
+    return CheckpointError(f"{named}: no checkpoint to start from{why}")
 
 
 def model_config(config: TrainingConfig, vocab_size: int) -> ModelConfig:
@@ -51,10 +63,7 @@ def model_config(config: TrainingConfig, vocab_size: int) -> ModelConfig:
     Where the model section names none, it is the architecture of the checkpoint that training starts from.
     """
     section = config.model
-    if not section.is_named:
-        meta = starting_meta(config)
-        if meta is None:
-            raise no_start(config)
+    if not section.is_named and (meta := starting_meta(config)):
         return from_hf(meta["architecture"], f"{config.init.checkpoint}: meta.json")
     if section.path is not None:
         return from_hf(read_config(section.path), f"{section.path}/config.json")
@@ -92,7 +101,7 @@ def build_model(config: TrainingConfig, architecture: ModelConfig, world: World)
         reshard_after_forward=config.parallel.reshard_after_forward,
         when_gathered=refresh_stale,
     )
-    model.to_empty(device=world.device)
+    _allocate(model, world.device)
     if config.model.path is not None:
         load_into(model, config.model.path)
     elif config.model.preset is not None:
@@ -100,6 +109,19 @@ def build_model(config: TrainingConfig, architecture: ModelConfig, world: World)
         for name, value in model.initial_values(config.train.seed):
             fill(parameters[name], value)
     return model, report
+
+
+def _allocate(model: CausalLM, device: torch.device) -> None:
+    """Give a model on the meta device its memory. Raises ConfigError where there is not enough."""
+    try:
+        model.to_empty(device=device)
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; a CPU's has no name of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"the model's {model.config.num_parameters():,} parameters do not fit into the memory of this device "
+            f"({device}); --dry-run tells how much training needs"
+        ) from None
 
 
 def start_model(

@@ -1,7 +1,9 @@
 """The folder of one training run: who may write into it, and what is written there before training starts."""
 
 import json
+import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,7 @@ def check_start(config: TrainingConfig, world: World) -> None:
     if config.log.wandb_project:
         import_wandb()
     run = Path(config.run)
+    _check_place(run)
     try:
         names = sorted(entry.name for entry in run.iterdir()) if run.is_dir() else []
     except OSError as error:
@@ -37,6 +40,18 @@ def check_start(config: TrainingConfig, world: World) -> None:
         raise UserError(
             f"{run}: is not empty and no run folder (it holds {some_of(visible)}); give another --run, or empty it"
         )
+
+
+def _check_place(run: Path) -> None:
+    """Raise UserError where the run folder cannot be made: what is written first may have taken hours to make."""
+    there = next(place for place in (run, *run.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        what = "a file" if there.is_file() else "a link that leads nowhere"
+        raise UserError(f"{there}: is {what}, but a folder is needed; give another --run")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise UserError(f"{run}: cannot be written: {error.strerror}; give another --run") from None
 
 
 @contextmanager

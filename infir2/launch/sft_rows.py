@@ -17,7 +17,9 @@ from infir2.data.documents import RowLedger
 from infir2.data.order import held_out_rows
 from infir2.data.replaced_folder import built_beside
 from infir2.data.sft import RowCounts, TokenRows, tokenize_rows
+from infir2.durable import write_file
 from infir2.errors import DataError
+from infir2.launch.held_folder import writing
 from infir2.launch.progress import share_bar
 
 _ROWS_FORMAT = 1
@@ -112,10 +114,7 @@ def _save_rows(rows: SftRows, folder: Path, key: str) -> None:
     """Put the rows into their place, whole, instead of older ones."""
     hashes = {"sha256": rows.sha256, "held_out_sha256": rows.held_out_sha256}
     record = {"key": key, **hashes, "counts": {name: asdict(c) for name, c in rows.counts.items()}}
-    try:
-        with built_beside(folder) as temporary:
-            rows.train.save(temporary, "train")
-            rows.validation.save(temporary, "validation")
-            (temporary / "rows.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from None
+    with writing(folder), built_beside(folder) as temporary:
+        rows.train.save(temporary, "train")
+        rows.validation.save(temporary, "validation")
+        write_file(temporary / "rows.json", (json.dumps(record, indent=1) + "\n").encode())

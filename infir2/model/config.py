@@ -20,6 +20,8 @@ ARCHITECTURES: dict[str, ModelType] = {
 }
 
 # What transformers assumes where a config.json is silent.
+_LARGEST_SIZE, _MOST_PARAMETERS = 2**31 - 1, 2**43
+"""Above these a config.json is damaged: torch would fail on the way to such a model, or never come to its end."""
 _DEFAULT_ROPE_THETA = 10_000.0
 _DEFAULT_POSITIONS = {"qwen2": 32_768, "qwen3": 32_768, "llama": 2_048}
 _DEFAULT_BOS = {"qwen2": None, "qwen3": None, "llama": 1}
@@ -75,6 +77,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim: {self.head_dim} is odd, but rotary positions turn pairs of dimensions")
+        if (size := self.num_parameters()) > _MOST_PARAMETERS:
+            raise ConfigError(
+                f"hidden_size, num_hidden_layers and the others: would make a model of {size:,} parameters"
+            )
         for key, ours, theirs in _family_flags(self):
             if ours != theirs:
                 raise ConfigError(f"{key}: {ours} cannot be written as a {self.model_type} model, which has {theirs}")
@@ -219,7 +225,7 @@ class _Reader:
             if default is ...:
                 self.fail(key, "this key is required")
             return default
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2**1023:  # else it is no float
             return float(value)
         if type(value) is not kind:
             self.fail(key, f"expected {kind.__name__}, got {value!r}")
@@ -326,8 +332,8 @@ def _family_flags(config: ModelConfig) -> list[tuple[str, bool, bool]]:
 
 def _check_type(name: str, annotation: Any, value: Any) -> None:
     """Sizes are whole and positive, constants finite and positive, token ids whole and not negative."""
-    if annotation is int and (type(value) is not int or value < 1):
-        raise ConfigError(f"{name}: expected a positive whole number, got {value!r}")
+    if annotation is int and (type(value) is not int or not 1 <= value <= _LARGEST_SIZE):
+        raise ConfigError(f"{name}: expected a positive whole number up to {_LARGEST_SIZE}, got {value!r}")
     if annotation is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value <= 0:

@@ -50,8 +50,10 @@ def show_plan(config: CptConfig, world: "World") -> None:
     from infir2.data.source import open_source
     from infir2.launch.dry_run import describe_run
     from infir2.launch.missing import Missing, likely_architecture
+    from infir2.launch.model import starting_meta
 
     missing, data = Missing(), config.data
+    missing.attempt(starting_meta, config)
     opened = [missing.attempt(open_source, name, data.validation_fraction) for name in data.sources]
     sources, note = [source for source in opened if source is not None], ""
     whole = len(sources) == len(opened)

@@ -152,10 +152,13 @@ def make_scorer(reward: RewardSection) -> "Scorer":
 
 def _data_lines(config: RlConfig, data: "Sequence[PromptSet]") -> list[str]:
     """What the data hold, for people."""
+    from infir2.launch.data_check import check_held_out
+
     lines = [f"{name}: {len(p):,} prompts of {p.counts.summary()}" for name, p in zip(("train", "validation"), data)]
     rollout, train = config.rollout, config.train
     return [
         *lines,
         f"{train.steps:,} optimiser steps, {config.updates} a rollout of {rollout.prompts} prompts x {rollout.samples} "
         f"samples; {train.steps // config.updates * rollout.prompts / len(data[0]):.2f} passes over the prompts",
+        *check_held_out(config.data),
     ]

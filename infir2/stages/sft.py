@@ -56,7 +56,7 @@ def show_plan(config: SftConfig, world: "World") -> None:
         if data is not None and (loader := missing.attempt(open_loader, config, data, world)) is not None:
             tokens = config.train.epochs * int((data.train.lengths - 1).sum())
             work = Workload(loader.steps, tokens, config.data.max_tokens_per_gpu)
-            lines = _data_lines(data, loader)
+            lines = _data_lines(config, data, loader)
     architecture, note = (opened[2], "") if opened is not None else likely_architecture(config)
     text = missing.attempt(describe_run, config, architecture, world.size, work) if architecture else None
     print("\n".join(filter(None, (text or to_toml(config), note, *lines))))
@@ -82,7 +82,7 @@ def train_sft(config: SftConfig, world: "World") -> "signal.Signals | None":
         rows = tokenize_once(config, chat)
     loader = open_loader(config, rows, world)
     if world.is_main:
-        print("\n".join(_data_lines(rows, loader)))
+        print("\n".join(_data_lines(config, rows, loader)))
     dtype = getattr(torch, config.model.dtype)
     feed = Feed(
         batches=lambda first, last, _: loader.stream(first, last),
@@ -123,13 +123,16 @@ def open_loader(config: SftConfig, data: "SftRows", world: "World") -> "SftLoade
     return loader
 
 
-def _data_lines(data: "SftRows", loader: "SftLoader") -> list[str]:
+def _data_lines(config: SftConfig, data: "SftRows", loader: "SftLoader") -> list[str]:
     """What the data hold, for people."""
+    from infir2.launch.data_check import check_held_out
+
     lines = [f"{name}: {counts.summary()}" for name, counts in data.counts.items()]
     return [
         *lines,
         f"{len(data.train):,} samples to train on, {len(data.validation):,} held out; {loader.steps:,} steps, "
         f"{loader.steps_per_epoch:,} an epoch; packing efficiency {loader.efficiency():.2%}",
+        *check_held_out(config.data),
     ]
 
 

@@ -1,15 +1,19 @@
 """`infir2 bench` on a tiny shape: every kind runs, prints a table and writes what it measured."""
 
 import argparse
+import ast
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from infir2 import kernels
+from infir2.benchmark.step import kernel_family
 from infir2.cli import main
 from infir2.stages import bench
 
+KERNELS = Path(kernels.__file__).parent
 SMALL = ["--model", "tiny", "--repeats", "1"]
 
 
@@ -92,3 +96,25 @@ def test_a_large_model_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[st
     assert main(["bench", "step", "--model", "qwen2.5-1.5b"]) == 2
     message = "--model qwen2.5-1.5b: no GPU here, and a CPU would take hours; give one of micro, tiny, small-150m"
     assert capsys.readouterr().err == f"infir2: error: {message}\n"
+
+
+FAMILIES = {
+    "attention": "paged_attention paged_decode rotary_qkv_cache",
+    "quantise": "quantize row_codes transpose fidelity",
+    "norm, rotary, SwiGLU (and quantise)": "norm add_norm rotary rotary_qkv swiglu",
+    "sampling": "sample sample_filter",
+    "cross-entropy": "cross_entropy logprob",
+    "gemm fp8": "split_k",
+    "optimiser": "adamw",
+}
+"""Family of --profile -> the files, without their ending, whose kernels it holds."""
+
+
+def test_every_kernel_of_ours_is_profiled_under_its_family() -> None:
+    found: dict[str, set[str]] = {}
+    for path in KERNELS.glob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        for launched in (func.value for func in calls if isinstance(func, ast.Subscript)):  # kernel[grid](...)
+            assert isinstance(launched, ast.Name), f"{path.name}: {ast.unparse(launched)}"
+            found.setdefault(kernel_family(launched.id), set()).add(path.stem.removesuffix("_triton"))
+    assert found == {family: set(files.split()) for family, files in FAMILIES.items()}

@@ -1,5 +1,6 @@
 """Recipes: overrides, and one clear line for every mistake."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from infir2.config import CptConfig, RlConfig, Section, SftConfig, describe, load, parse, to_toml
 from infir2.errors import ConfigError
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 RECIPE = """
 run = "runs/x"
 [model]
@@ -87,7 +89,10 @@ def test_a_file_of_an_editor_that_writes_a_byte_order_mark(recipe: Path) -> None
             "model: is a section, with the keys preset, path, vocab_size, dtype, init_std (got 'tiny'",
         ),
         (["--data.sources", "data/x"], """in quotes: --data.sources '{ "data/x" = 1.0 }'"""),
+        (["--init.checkpoint", ""], "init.checkpoint: string should have at least 1 character (got '')"),
+        (["--model.path", "a\0b"], "model.path: string should match pattern"),
         (["--train.steps", "null"], "train.steps: input should be a valid integer"),
+        (["--train.steps", "9" * 5000], "train.steps: unable to parse input string as an integer"),
     ],
 )
 def test_mistakes_on_the_command_line(recipe: Path, words: list[str], message: str) -> None:
@@ -106,6 +111,8 @@ def test_mistakes_on_the_command_line(recipe: Path, words: list[str], message: s
         (RECIPE.replace('preset = "tiny"', 'preset = "tiny"\nprest = 1'), "model.prest: unknown key. Did you mean"),
         (RECIPE.replace("steps = 10", 'steps = "ten"'), "train.steps: input should be a valid integer"),
         (RECIPE + "[train]\n", "not valid TOML"),
+        (RECIPE.replace("10", "9" * 5000), "not valid TOML"),
+        ("x = " + "[" * 5000, "not valid TOML"),
         (RECIPE.replace("lr = 1e-4", ""), "optim.lr: this key is required"),
         (RECIPE + '[fp8]\nrecipe = "bf16"\nhead = true\n', "fp8.head: the recipe bf16 has no FP8 head"),
     ],
@@ -118,6 +125,28 @@ def test_mistakes_in_the_file_name_file_and_key(tmp_path: Path, text: str, messa
     assert str(caught.value).startswith(str(path))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value), "a typo of a required key is not also blamed on the right one"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(CptConfig, "cpt_tiny"), (SftConfig, "sft_tiny_stage1"), (RlConfig, "rl_tiny_stage1")]
+)
+def test_no_whole_number_may_be_of_absurd_size(kind: type[Section], name: str) -> None:
+    """Beyond what 64 bits hold a step later they end in the words of numpy or torch."""
+    keys = [key for key in whole_numbers(kind) if key != "train.seed"]  # which any 63 bits may be
+    assert {"model.vocab_size", "train.global_batch", "optim.warmup_steps"} <= set(keys)
+    for key in keys:
+        with pytest.raises(ConfigError) as caught:
+            load(kind, RECIPES / f"{name}.toml", [f"--{key}", str(2**62)])
+        assert f"command line: {key}: input should be less than or equal to " in str(caught.value)
+
+
+def whole_numbers(kind: type[Section], place: str = "") -> Iterator[str]:
+    """The keys that take whole numbers, dotted."""
+    for name, field in kind.model_fields.items():
+        if field.annotation is int:
+            yield place + name
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from whole_numbers(field.annotation, f"{place}{name}.")
 
 
 def test_every_mistake_has_a_line_of_its_own(tmp_path: Path) -> None:
@@ -133,9 +162,6 @@ def test_every_mistake_has_a_line_of_its_own(tmp_path: Path) -> None:
         *("fp8.recipe", "train.steps"),
         "data.seq_len",
     ]
-
-
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.mark.parametrize("name", ["cpt_tiny", "sft_1.5b_stage2", "rl_tiny_stage1", "pipeline_tiny"])

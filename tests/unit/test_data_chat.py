@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from infir2.data import named_set
 from infir2.data import tokenizer as tok
 from infir2.data.chat import ChatTokenizer, choose_template
-from infir2.data.conversations import Conversation, ConversationSource, conversation_of
+from infir2.data.conversations import Conversation, ConversationSource, conversation_of, shared_rows
 from infir2.data.documents import BadRow, RowLedger
 from infir2.data.sft import tokenize_rows
 from infir2.errors import DataError
@@ -331,6 +331,21 @@ def test_names_of_data_sets(
     with pytest.raises(DataError, match=rf"no such file or folder in {tmp_path}\. Did you mean 'stage1.jsonl'\?$"):
         ConversationSource(str(tmp_path / "stage_1.jsonl"))
     assert asked == [("some/set", "test"), ("no/network", "train")], "a mistyped path is never looked for elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [
+        ("some/set", "some/set:train", True),
+        ("some/set:train", "some/set:test", False),
+        ("some/set", "other/set", False),
+        ("some/set:train[:90%]", "some/set", True),
+        ("some/set:train[:90%]", "some/set:train[:90%]", True),
+        ("some/set:train[:90%]", "some/set:train[90%:]", False),
+    ],
+)
+def test_rows_that_two_names_of_data_sets_share(one: str, other: str, shared: bool) -> None:
+    assert [bool(shared_rows(*names)) for names in ((one, other), (other, one))] == [shared, shared]
 
 
 def test_without_a_network_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,9 @@ def test_round_trip_is_exact(folder: Path) -> None:
 
 def test_training_is_deterministic(folder: Path, tmp_path: Path) -> None:
     tok.train_tokenizer(iter(TEXT), 600, tmp_path)
-    for file in folder.iterdir():
+    files = list(folder.iterdir())
+    assert {file.name for file in files} == {"tokenizer.json", "tokenizer_config.json"}
+    for file in files:
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
 
 

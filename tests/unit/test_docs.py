@@ -15,18 +15,27 @@ from infir2.serve.protocol import ChatRequest, parse
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 KEYS = {key for key, _, _ in describe(CptConfig)}
+LINK = re.compile(r"\]\(([^)#]+)")
+PATH = re.compile(r"`((?:infir2|tests|bench|recipes|docs)/[\w./*{},-]+)`")
+COMMAND = re.compile(r"^\s*(?:torchrun .*-m (?:-- )?)?infir2 ([a-z]\w*)", flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(("pattern", "least"), [(LINK, 50), (PATH, 30), (COMMAND, 25)], ids=["link", "path", "command"])
+def test_what_is_looked_at_is_found(pattern: re.Pattern[str], least: int) -> None:
+    """About half of what there is: the tests below say nothing of what their pattern passes over."""
+    assert sum(len(pattern.findall(page.read_text())) for page in PAGES) > least
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+    for target in LINK.findall(page.read_text()):
         if not target.startswith(("http://", "https://")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_paths_of_this_repository_exist(page: Path) -> None:
-    for path in re.findall(r"`((?:infir2|tests|bench|recipes|docs)/[\w./*{},-]+)`", page.read_text()):
+    for path in PATH.findall(page.read_text()):
         if "{" not in path and "*" not in path:
             assert (ROOT / path).exists(), f"{page.name}: {path}"
 
@@ -43,7 +52,7 @@ def test_the_map_of_the_kernels_names_each_file_and_its_twin() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page: Path) -> None:
-    for name in re.findall(r"^\s*(?:torchrun .*-m (?:-- )?)?infir2 ([a-z]\w*)", page.read_text(), flags=re.MULTILINE):
+    for name in COMMAND.findall(page.read_text()):
         assert name in COMMANDS, f"{page.name}: infir2 {name}"
 
 
@@ -97,5 +106,7 @@ def test_paired_losses_are_those_that_were_measured() -> None:
 
 
 def test_no_path_of_a_machine_in_any_result() -> None:
-    for result in ROOT.glob("bench/results/*.json"):
+    results = list(ROOT.glob("bench/results/*.json"))
+    assert len(results) > 20
+    for result in results:
         assert not re.search(r'"[^"]*/(root|home|work)/', result.read_text()), result.name

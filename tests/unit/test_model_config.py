@@ -143,6 +143,8 @@ UNSUPPORTED = {
     "hidden_size": (None, "required"),
     "intermediate_size": (12.5, "12.5"),
     "num_hidden_layers": (0, "positive"),
+    "vocab_size": (2**62, "up to 2147483647"),
+    "rope_theta": (10**400, "expected float"),
     "rms_norm_eps": (0.0, "positive"),
     "tie_word_embeddings": ("yes", "yes"),
     "eos_token_id": ("<end>", "<end>"),
@@ -162,6 +164,13 @@ def test_unsupported_config_is_refused_by_file_and_key(key):
     assert key in message
     assert reason in message
     assert "\n" not in message
+
+
+def test_sizes_that_make_too_large_a_model_together_are_refused():
+    content = {**FAMILIES["qwen2"].to_hf(), "vocab_size": 2**31 - 1, "intermediate_size": 2**31 - 1}
+    content |= {"num_hidden_layers": 2**20}
+    with pytest.raises(CheckpointError, match=r"^x: hidden_size, .* would make a model of [\d,]+ parameters$"):
+        from_hf(content, "x")
 
 
 def test_sliding_window_is_refused_only_where_layers_use_it():

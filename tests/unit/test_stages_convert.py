@@ -186,6 +186,22 @@ def test_training_starts_from_a_converted_folder(corpus: Path, start_model: Path
     assert losses[0] == losses[1]
 
 
+def test_a_converted_folder_has_no_moments_to_keep(
+    corpus: Path, start_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert_model(str(start_model), tmp_path / "dcp", "dcp")
+    changes = {"init.checkpoint": str(tmp_path / "dcp"), "init.keep_optimizer": True}
+    path = write_recipe(tmp_path / "r.toml", tmp_path / "run", corpus, start_model, **changes)
+    for words in ([], ["--dry-run"]):
+        capsys.readouterr()
+        assert main(["cpt", str(path), *words]) == 2
+        assert capsys.readouterr().err == (
+            f"infir2: error: {tmp_path}/dcp: has no optimiser state to keep: it was made by `infir2 convert`; "
+            "set init.keep_optimizer = false\n"
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_fp8_folder_to_train_from(
     corpus: Path, start_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,9 @@
 """What goes wrong at the start of `infir2 cpt`: told in one line, and nothing is written."""
 
 import json
+import os
+import re
+import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -30,6 +33,8 @@ Recipe = Callable[..., tuple[Path, Path]]
         (("--data.seq_len", "129"), "data.seq_len: 129 tokens exceed the model's max_position_embeddings (128)"),
         (("--data.sources", "{ '/nowhere/x' = 1.0 }"), "data.sources: /nowhere/x: there is neither a folder"),
         (("--model.path", "/nowhere/model"), "/nowhere/model: no such model folder"),
+        (("--model.path", "x" * 300), "xxx: no such model folder"),
+        (("--data.sources", f"{{ {'x' * 300} = 1.0 }}"), "xxx: there is neither a folder"),
         (("--parallel.replicate", "2"), "parallel.replicate (2) does not divide the 1 process(es)"),
         (("--data.sources", "{}"), "data.sources: dictionary should have at least 1 item"),
         (("--data.sources", "{ x = inf }"), "data.sources.x: input should be a finite number"),
@@ -154,8 +159,12 @@ def test_a_megatron_pair_needs_a_vocabulary_size(
 
 def test_a_start_checkpoint_that_is_not_there(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     path, run = recipe()
-    assert error_of(capsys, path, "--init.checkpoint", "/nowhere/x").startswith("/nowhere/x: no such checkpoint folder")
-    assert {item.name for item in run.iterdir()} == {".lock"}
+    words = ("--init.checkpoint", "/nowhere/x")
+    told = "/nowhere/x: no checkpoint to start from: there is no such folder"
+    assert error_of(capsys, path, *words) == error_of(capsys, path, *words, "--dry-run") == told
+    assert not run.exists()
+    assert cpt(path, *words, "--dry-run", "--data.sources", "{ '/nowhere/y' = 1.0 }") == 2
+    assert told in capsys.readouterr().err, "beside all else that is missing"
 
 
 def test_a_run_folder_that_cannot_be_made(recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -207,8 +216,31 @@ def test_a_run_folder_that_cannot_remember_what_was_verified(
     path, run = recipe()
     (run / "verified_data.json/x").mkdir(parents=True)
     (run / "run.json").touch()
-    assert error_of(capsys, path).startswith(f"{run}/.verified_data.json.")
+    assert error_of(capsys, path).startswith(f"{run}/verified_data.json: cannot be written: Is a directory; make room")
     assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_data_that_may_not_be_read(recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path, _ = recipe(**{"data.sources": {str(tmp_path / "data"): 1.0}})
+    (tmp_path / "data").mkdir(mode=0)
+    assert error_of(capsys, path) == f"{tmp_path}/data: cannot be read: Permission denied"
+
+
+def test_a_model_that_no_memory_holds(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], start_model: Path, tmp_path: Path
+) -> None:
+    large = shutil.copytree(start_model, tmp_path / "large")
+    content = json.loads((large / "config.json").read_text()) | {"num_hidden_layers": 1, "intermediate_size": 2**31 - 1}
+    (large / "config.json").write_text(json.dumps(content))
+    path, _ = recipe(**{"model.path": str(large), "fp8.recipe": "bf16"})
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**39, limits[1]))
+    try:
+        message = error_of(capsys, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert re.fullmatch(r"the model's 8\d\d,[\d,]+ parameters do not fit into the memory of this device .*", message)
 
 
 def test_a_meta_json_that_is_no_checkpoints(recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -186,27 +186,33 @@ def test_a_failed_replacement_keeps_the_earlier_data_set(tmp_path: Path, monkeyp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
 
 
-def limited(*words: object) -> subprocess.CompletedProcess[str]:
-    """`infir2 prepare` where no file may grow beyond 4 kB, which stands for a full disk."""
+def limited(*words: object, size: int = 4096) -> subprocess.CompletedProcess[str]:
+    """`infir2 prepare` where no file may grow beyond ``size`` bytes, which stands for a full disk."""
     return subprocess.run(
         [sys.executable, "-m", "infir2", "prepare", *map(str, words)],
         capture_output=True,
         text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
     )
 
 
-def test_a_full_disk_under_the_tokenizer(tmp_path: Path) -> None:
+def test_a_full_disk_under_the_tokenizer_or_a_shard(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", 50)
     done = limited(tmp_path / "a.jsonl", "--out", tmp_path / "out", "--vocab-size", 400)
     assert done.returncode == 2
-    assert done.stderr == f"infir2: error: {tmp_path}/out: cannot be written: File too large; nothing of it was kept\n"
+    full = (
+        f"infir2: error: {tmp_path}/out: cannot be written: File too large ({{}}); nothing of it was kept. Make room "
+    )
+    full += "or mend it, and run the same command again\n"
+    assert done.stderr == full.format("tokenizer.json")
     prepare([tmp_path / "a.jsonl"], tmp_path / "whole", **SMALL)
     bare = tmp_path / "whole" / "tokenizer" / "tokenizer.json"
     done = limited(tmp_path / "a.jsonl", "--out", tmp_path / "out", "--tokenizer", bare)
     assert done.returncode == 2
-    assert "out: cannot be written: " in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr == full.format("tokenizer.json")
+    write_rows(tmp_path / "a.jsonl", 3000)
+    done = limited(tmp_path / "a.jsonl", "--out", tmp_path / "out", "--tokenizer", bare, size=60_000)
+    assert done.stderr == full.format("train-00000.bin")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "whole"]
 
 
@@ -267,6 +273,12 @@ def test_a_place_that_is_a_link(tmp_path: Path) -> None:
         (("A", "--vocab-size", 10**20), "a byte-level tokenizer has 261 to 10,000,000 tokens"),
         (("",), "'': no such file or folder"),
         (("x" * 300,), "xxx: no such file or folder"),
+        (("A", "--out", "x" * 300), "xxx: cannot be written: File name too long"),
+        (("LOOP",), "LOOP: no such file or folder"),
+        (("A", "--out", "LOOP"), "--out LOOP: is a link that leads in a circle"),
+        (("/dev/null",), "/dev/null: is neither a file nor a folder"),
+        (("A", "--max-doc-bytes", 2**70), f"--max-doc-bytes {2**70}: must be at least 1 and below 2**62"),
+        (("A", "--max-bad-rows", "few"), "--max-bad-rows: 'few' is neither a count such as 20 nor a share"),
         (("A", "A"), "named twice: by"),
         (("A", "FOLDER"), "named twice: by"),
         (("FOLDER", "--out", "FOLDER/data/out"), "lies inside FOLDER, whose text would hold it the next time"),
@@ -279,14 +291,36 @@ def test_a_place_that_is_a_link(tmp_path: Path) -> None:
 def test_mistakes_are_told(tmp_path: Path, words: tuple[object, ...], said: str) -> None:
     write_rows(tmp_path / "a.jsonl", 50)
 
+    loop = tmp_path.with_name(f"{tmp_path.name}-links") / "loop"
+    loop.parent.mkdir()
+    loop.symlink_to(loop)
+
     def filled(word: object) -> str:
-        return str(word).replace("A", str(tmp_path / "a.jsonl")).replace("FOLDER", str(tmp_path))
+        named = str(word).replace("LOOP", str(loop)).replace("FOLDER", str(tmp_path))
+        return named.replace("A", str(tmp_path / "a.jsonl"))
 
     out = () if "--out" in words else ("--out", tmp_path.parent / f"{tmp_path.name}-new")
     with pytest.raises(DataError) as raised:
         command(*map(filled, words), *out)
     assert filled(said) in str(raised.value)
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("mode", [0, 0o444])
+def test_folders_that_may_not_be_read(tmp_path: Path, mode: int) -> None:
+    write_rows(tmp_path / "a.jsonl", 5)
+    (tmp_path / "more/inner").mkdir(parents=True)
+    write_rows(tmp_path / "more/inner/b.jsonl", 5)
+    (tmp_path / "more/inner").chmod(mode)
+    try:
+        with pytest.raises(DataError, match=r"more/inner.*: cannot be read: Permission denied"):
+            prepare([tmp_path / "more"], tmp_path / "out")
+        if not mode:
+            with pytest.raises(DataError, match=r"more/inner: cannot be read: Permission denied"):
+                prepare([tmp_path / "a.jsonl"], tmp_path / "more/inner")
+    finally:
+        (tmp_path / "more/inner").chmod(0o755)
 
 
 def command(*words: object) -> int:

@@ -112,6 +112,7 @@ def test_dry_run_reads_the_prompts_and_writes_nothing(rl_recipe: Recipe, capsys:
     shown = capsys.readouterr().out
     assert "train: 40 prompts of 40 rows" in shown
     assert "engine's cache of 4,096 tokens" in shown
+    assert f"note: data.validation and data.train both read {run.parent}/prompts.jsonl: held-out results" in shown
     assert not run.exists()
 
 

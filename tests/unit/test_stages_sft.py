@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -216,6 +217,21 @@ def test_a_run_that_is_going_on_keeps_its_rows(recipe: Recipe, capsys: pytest.Ca
     assert {file.name: file.read_bytes() for file in (run / "rows").iterdir()} == kept
 
 
+def test_a_disk_that_is_full_when_rows_are_kept(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    path, run = recipe(**{"train.epochs": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        message = error_of(capsys, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    file, _, rest = message.partition(": ")
+    assert Path(file).match(f"{run}/.rows.preparing-*/train-tokens.npy")
+    assert rest == "cannot be written: File too large; make room or mend it, and run the same command again"
+    assert list(run.iterdir()) == []
+    assert sft(path) == 0
+
+
 def test_stage_2_from_stage_1(recipe: Recipe, chat_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, first = recipe("one", **{"train.epochs": 1, "data.chat_template": "chatml"})
     assert sft(one) == 0
@@ -287,6 +303,23 @@ def test_a_validation_file_and_rows_that_are_left_out(
     assert (event["dropped"], event["truncated"]) == (0, 1)
 
 
+def test_held_out_rows_that_are_trained_on_are_told(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = tmp_path / "many"
+    many.mkdir()
+    (many / "linked.jsonl").symlink_to(tmp_path / "rows.jsonl")
+    write_rows(many / "other.jsonl", 4, seed=1)
+    path, _ = recipe(**{"train.epochs": 1})
+    for name, told in ((tmp_path / "rows.jsonl", True), (many, True), (many / "other.jsonl", False)):
+        for words in (["--dry-run"], []):
+            assert sft(path, "--data.validation", str(name), "--run", str(tmp_path / f"run-{name.stem}"), *words) == 0
+            notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: data.validation")]
+            assert len(notes) == told
+            file = many / "linked.jsonl" if name == many else name
+            assert all(f"and data.train both read {file}: held-out results" in line for line in notes)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -297,6 +330,7 @@ def test_a_validation_file_and_rows_that_are_left_out(
         (("--data.max_length", "5"), "data.train: no row is left to train on: 21 rows, 21 samples, 0 tokens"),
         (("--data.too_long", "keep"), "data.too_long: input should be 'drop' or 'truncate'"),
         (("--data.tokenizer", "/nowhere"), "/nowhere: no such folder, so no tokenizer. Nothing is"),
+        (("--model.path", "x" * 300), "xxx: no such folder, so no tokenizer. Nothing is"),
         (("--data.chat_template", "/nowhere.jinja"), "data.chat_template: /nowhere.jinja: cannot be read"),
         (("--data.max_bad_rows", "many"), "data.max_bad_rows: 'many' is neither a count such as 20 nor a share"),
         (("--data.validation_fraction", "0.0"), "train.eval_every: no row is held out; give data.validation or"),
@@ -312,6 +346,48 @@ def test_mistakes_are_told_in_one_line_before_anything_is_written(
     path, run = recipe()
     assert said in error_of(capsys, path, *words)
     assert not run.exists() or list(run.iterdir()) == [run / "rows"]
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["beside a model section", "without one"])
+def test_a_start_checkpoint_that_is_not_there_is_told_before_rows_are_tokenised(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], chat_model: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    monkeypatch.setattr("infir2.launch.sft_rows.tokenize", lambda *args, **options: pytest.fail("rows are read"))
+    settings = {"init.checkpoint": "/nowhere/x", "data.tokenizer": str(chat_model)}
+    path, run = recipe(**settings, **({} if named else {"model.path": None}))
+    told = "/nowhere/x: no checkpoint to start from: there is no such folder"
+    assert [error_of(capsys, path), error_of(capsys, path, "--dry-run")] == [told, told]
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("file/run", "file: is a file, but a folder is needed; give another --run"),
+        ("lost", "lost: is a link that leads nowhere, but a folder is needed; give another --run"),
+        (
+            "/proc/run",
+            "/proc/run: cannot be written: No such file or directory; give another --run",
+        ),  # not even by root
+        ("x" * 300, "xxx: cannot be read: File name too long"),
+        ("", "command line: run: string should have at least 1 character"),
+        ("a\0b", "command line: run: string should match pattern"),
+    ],
+)
+def test_a_run_folder_that_cannot_be_made_is_told_before_rows_are_tokenised(
+    recipe: Recipe,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr("infir2.launch.sft_rows.tokenize", lambda *args, **options: pytest.fail("rows are read"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "lost").symlink_to("/nowhere/x")
+    path, _ = recipe()
+    assert said in error_of(capsys, path, "--run", place)
 
 
 def test_models_and_tokenizers_that_do_not_fit(

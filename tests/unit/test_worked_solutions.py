@@ -74,6 +74,7 @@ def test_the_same_seed_gives_the_same_examples() -> None:
 def test_no_held_out_question_is_ever_trained_on(stage: int) -> None:
     train = {example.question for seed in (1, 2) for example in worked_examples(stage, 600, seed)}
     held_out = {example.question for seed in (1, 2) for example in worked_examples(stage, 150, seed, "held_out")}
+    assert min(len(train), len(held_out)) > 100
     assert not train & held_out
     assert all(map(is_held_out, held_out))
     assert not any(map(is_held_out, train))
