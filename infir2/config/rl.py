@@ -63,7 +63,7 @@ class RewardSection(Section):
 
     kind: Literal["math", "choice", "reasoning_gym", "code", "python"] = "math"
     """Which scorer reads response and label (docs/rewards.md)."""
-    file: str | None = None
+    file: OptionalName = None
     """With kind = "python": the Python file whose function score(response, label) returns a number from 0 to 1."""
     think: Literal["auto", "required", "ignore"] = "auto"
     """required = no reward without </think>; auto = an unclosed <think> earns none; ignore = the tags mean nothing."""
