@@ -1,5 +1,6 @@
 """Fixtures that unit, e2e and torchrun tests of training share."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import small_run
 
 # A failed assert in these says what it compared, as one in a test does.
 pytest.register_assert_rewrite("small_cpt", "small_engine", "small_report", "tensors")
+# Under nohup it is ignored, by child processes too, and training respects that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
