@@ -35,9 +35,9 @@ class Health:
     def layers(self) -> dict[str, dict[str, float]]:
         """layer -> {x_underflow, x_saturated, x_sqnr_db, w_..., g_...}.
 
-        Of the elements that are not zero, underflow: share whose code is zero. saturated: share whose code is +-448, which
-        with scales from the current amax only says how many sit at their block's maximum. sqnr_db: power of the values
-        over power of the rounding error, in decibel.
+        Of the elements that are not zero, underflow: share whose code is zero. saturated: share whose code is +-448,
+        which with scales from the current amax only says how many sit at their block's maximum. sqnr_db: power of the
+        values over power of the rounding error, in decibel.
         """
         out: dict[str, dict[str, float]] = {}
         rows = torch.stack(list(self._sums.values())).tolist() if self._sums else []

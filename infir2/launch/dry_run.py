@@ -36,7 +36,8 @@ def describe_run(config: TrainingConfig, architecture: ModelConfig, world_size: 
         model = CausalLM(architecture, getattr(torch, config.model.dtype))
     report = convert_as(model, config.fp8)
     memory = estimate_memory(config, model, world_size, work.micro_batch_tokens)
-    tokens = f"{'at most ' * work.at_most}{work.tokens:,} in {work.steps:,} steps of {config.train.global_batch} sequences"
+    bound = "at most " if work.at_most else ""
+    tokens = f"{bound}{work.tokens:,} in {work.steps:,} steps of {config.train.global_batch} sequences"
     lines = [
         to_toml(config),
         f"parameters: {architecture.num_parameters():,}",
