@@ -1,6 +1,6 @@
 """Records that cross a boundary between floors."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -24,6 +24,13 @@ class Batch:
     """int32 [documents + 1]: document boundaries in the flattened batch, 0 first and batch * length last."""
     max_seqlen: int
     """Length of the longest document in the batch."""
+    filling: int = field(default=0, kw_only=True)
+    """Tokens at the end that only fill the batch up, a document of their own; nobody wants to know what they cost."""
+
+    @property
+    def read_tokens(self) -> int:
+        """Tokens of the documents, trained on or not."""
+        return self.labels.numel() - self.filling
 
     @property
     def valid_tokens(self) -> int:
@@ -34,7 +41,7 @@ class Batch:
     def attended(self) -> int:
         """Pairs (token, token it attends to) in causal attention inside the documents: the sum of n(n + 1)/2."""
         lengths = self.cu_seqlens.diff().long()
-        return int((lengths * (lengths + 1) // 2).sum())
+        return int((lengths * (lengths + 1) // 2).sum()) - self.filling * (self.filling + 1) // 2
 
     def beginning(self, tokens: int) -> Self:
         """The first ``tokens`` tokens of the first row, or as many whole rows as they suffice for."""
@@ -45,7 +52,8 @@ class Batch:
         shorter: dict[str, Any] = {
             name: value[:kept, :cut] for name, value in self.tensors().items() if value.shape == self.labels.shape
         }
-        return replace(self, **shorter, cu_seqlens=boundaries, max_seqlen=int(boundaries.diff().max()))
+        longest, filling = int(boundaries.diff().max()), max(0, self.filling - (length - cut))
+        return replace(self, **shorter, cu_seqlens=boundaries, max_seqlen=longest, filling=filling)
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch, of the same class, with every tensor on the device."""

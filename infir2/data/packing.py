@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -57,7 +57,7 @@ def without_labels(batch: Batch, rows: slice) -> Batch:
     """The batch with no label in some rows: they fill up its shape and count for nothing."""
     labels = batch.labels.clone()
     labels[rows] = IGNORE
-    return Batch(batch.input_ids, labels, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+    return replace(batch, labels=labels)
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -111,4 +111,5 @@ def pack_documents(documents: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_
         position_ids=torch.from_numpy(positions)[None],
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         max_seqlen=max(b - a for a, b in pairwise(bounds)),
+        filling=size - total,
     )

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infir2.errors import DataError
+from infir2.evaluate.student import t95
 
 RESAMPLES = 10_000
 EXACT_UP_TO = 16
@@ -126,6 +127,11 @@ def mean_interval(values: NDArray[np.float64], lowest: float = 0.0) -> tuple[flo
     """95 % confidence interval of the mean of independent values in [``lowest``, 1]: percentiles of a bootstrap. None
     for a single value.
 
+    The percentiles lie as far outside of 2.5 % and 97.5 % as Student's t lies outside of the normal distribution, and
+    further by the root of n / (n - 1), by which n resampled values vary too little (the "expanded percentiles" of
+    Hesterberg: What teachers should know about the bootstrap, 2015). Without that, intervals of 10 values miss the mean
+    twice as often as they say.
+
     Where all values are equal, resampling shows no spread. Other values may still exist, and be so rare that none was
     drawn: a share of them that n draws miss with a chance of 2.5 %. The interval is where the mean lies if they are all
     the lowest, or all the highest, that a value can be. For 0 and 1, which are named before any is drawn, this is the
@@ -136,7 +142,9 @@ def mean_interval(values: NDArray[np.float64], lowest: float = 0.0) -> tuple[flo
     if count == 1:
         return None, None
     if np.ptp(values) > 1e-9:  # equal up to rounding: 0.3 - 0.1 and 0.4 - 0.2
-        return _percentiles(_bootstrap_means(values))
+        outside = 100 * statistics.NormalDist().cdf(-math.sqrt(count / (count - 1)) * t95(count - 1))
+        low, high = np.percentile(_bootstrap_means(values), [outside, 100 - outside])
+        return float(low), float(high)
     share = 1.0 - 0.025 ** (1 / (count if value in (0.0, 1.0) else count - 1))
     return value - share * (value - lowest), value + share * (1.0 - value)
 
@@ -179,8 +187,3 @@ def _bootstrap_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
     generator = np.random.default_rng(_SEED)
     parts = [values[generator.integers(0, len(values), (1000, len(values)))].mean(1) for _ in range(RESAMPLES // 1000)]
     return np.concatenate(parts)
-
-
-def _percentiles(means: NDArray[np.float64]) -> tuple[float, float]:
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)

@@ -35,8 +35,8 @@ class Health:
     def layers(self) -> dict[str, dict[str, float]]:
         """layer -> {x_underflow, x_saturated, x_sqnr_db, w_..., g_...}.
 
-        underflow: share of the non-zero elements whose code is zero. saturated: share of codes at +-448, which with
-        scales from the current amax only says how many elements sit at their block's maximum. sqnr_db: power of the
+        Of the elements that are not zero, underflow: share whose code is zero. saturated: share whose code is +-448,
+        which with scales from the current amax only says how many sit at their block's maximum. sqnr_db: power of the
         values over power of the rounding error, in decibel.
         """
         out: dict[str, dict[str, float]] = {}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from infir2.config import TrainingConfig, TrainSection, to_toml
+from infir2.config import RlConfig, TrainingConfig, TrainSection, to_toml
 from infir2.fp8.linear import Fp8Linear
 from infir2.kernels.logit_chunks import CHUNK_LOGITS, HELD_CHUNKS
 from infir2.launch.kept_activations import kept_by_layers
@@ -26,6 +26,8 @@ class Workload:
     """Tokens read in all steps, over all processes."""
     micro_batch_tokens: int
     """Most tokens in one forward pass of one process."""
+    at_most: bool = False
+    """Whether so many tokens are read only where every sequence is as long as it may be."""
 
 
 def describe_run(config: TrainingConfig, architecture: ModelConfig, world_size: int, work: Workload) -> str:
@@ -34,7 +36,8 @@ def describe_run(config: TrainingConfig, architecture: ModelConfig, world_size: 
         model = CausalLM(architecture, getattr(torch, config.model.dtype))
     report = convert_as(model, config.fp8)
     memory = estimate_memory(config, model, world_size, work.micro_batch_tokens)
-    tokens = f"{work.tokens:,} in {work.steps:,} steps of {config.train.global_batch} sequences"
+    bound = "at most " if work.at_most else ""
+    tokens = f"{bound}{work.tokens:,} in {work.steps:,} steps of {config.train.global_batch} sequences"
     lines = [
         to_toml(config),
         f"parameters: {architecture.num_parameters():,}",
@@ -86,6 +89,8 @@ def estimate_memory(config: TrainingConfig, model: CausalLM, world_size: int, to
         f"AdamW moments ({moments})": (8.0 if moments == "float32" else 4.0) * parameters / shards,
         "FP8 weights": float(sum(_fp8_bytes(module) for module in model.modules() if isinstance(module, Fp8Linear))),
     }
+    if isinstance(config, RlConfig) and config.policy.kl_coef:
+        lasting["reference of the KL term"] = lasting["master weights (float32)"] + lasting["FP8 weights"]
     if shards > 1:
         lasting["gathered weights"] = _gathered(config, model)
     # FSDP2 adds up whole gradients until the last micro-batch of a step.

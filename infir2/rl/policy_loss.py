@@ -54,7 +54,7 @@ def policy_loss(terms: TokenTerms, policy: PolicySection) -> tuple[Tensor, dict[
         "clip_high": (ratio > 1 + policy.clip_high) & (advantages > 0),
         **mismatch(terms.old, terms.behaviour),
         "importance_weight": weights,
-        "importance_clipped": weights >= policy.importance_clip,
+        "importance_clipped": (weights >= policy.importance_clip) & (policy.importance != "off"),
     }
     if terms.reference is not None:
         kl = low_variance_kl(terms.logprobs, terms.reference)

@@ -58,7 +58,8 @@ def show_plan(config: RlConfig, world: "World") -> None:
         lines = _data_lines(config, data) if data is not None else []
     architecture, note = (opened[2], "") if opened is not None else likely_architecture(config)
     train, (longest, _) = config.train, config.longest
-    work = Workload(train.steps, train.steps * train.global_batch * longest, config.data.max_tokens_per_gpu)
+    tokens = train.steps * train.global_batch * longest
+    work = Workload(train.steps, tokens, config.data.max_tokens_per_gpu, at_most=True)
     text = missing.attempt(describe_run, config, architecture, world.size, work) if architecture else None
     cache = _cache_line(config, architecture) if architecture else ""
     print("\n".join(filter(None, (text or to_toml(config), cache, note, *lines))))

@@ -58,8 +58,7 @@ class Feed:
     objective: Objective = cross_entropy
     step_values: Callable[[int, StepResult], Mapping[str, float]] = lambda step, result: {}
     """More numbers for the next line of metrics, asked for right after every step; of those of steps without a line the
-    newest stand on the next one. ``processed_tokens`` among them, where some of a batch's tokens are filling, is what
-    speed and FLOPs are counted for."""
+    newest stand on the next one."""
     together: int = 1
     """Steps that share what cannot be made again after a resume: the state is saved, and a signal obeyed, only where a
     multiple of them is done."""
@@ -227,7 +226,7 @@ class _StepLog:
 
     def _line(self, progress: TrainState, result: StepResult, lr: float) -> dict[str, float]:
         """Losses, throughput and memory of the step that has just ended."""
-        seconds, more = time.perf_counter() - self.began, self.more
+        seconds = time.perf_counter() - self.began
         values: dict[str, float] = {
             "loss": result.loss,
             "lr": lr,
@@ -236,9 +235,9 @@ class _StepLog:
             "valid_tokens": result.valid_tokens,
             "skipped": progress.skipped,
             "step_time_s": seconds,
-            "tokens_per_s": more.get("processed_tokens", result.tokens) / seconds,
+            "tokens_per_s": result.tokens / seconds,
             **result.means,
-            **more,
+            **self.more,
         }
         if self.peak is not None:
             flops = self.settings.flops_per_token(result.attended / result.tokens) * values["tokens_per_s"]

@@ -47,7 +47,7 @@ class StepResult:
     skipped: bool
     """True where loss or gradient was not finite: the weights were left as they were."""
     tokens: int
-    """Tokens of the global batch, trained on or not."""
+    """Tokens of the global batch, trained on or not; what fills micro-batches up is none of it, here and below."""
     attended: int
     """Pairs of tokens in its causal attention, documents apart: the sum of n(n + 1)/2."""
     means: Mapping[str, float] = field(default_factory=dict)
@@ -77,7 +77,7 @@ def train_step(
 
     ``graphs``: run the micro-batches as CUDA graphs, with the same result.
     """
-    counts = torch.tensor([(b.valid_tokens, b.labels.numel(), b.attended) for b in batches], dtype=torch.int64)
+    counts = torch.tensor([(b.valid_tokens, b.read_tokens, b.attended) for b in batches], dtype=torch.int64)
     valid_tokens, tokens, attended = world.all_sum(counts.sum(0)).tolist()
     divisor = torch.tensor(max(valid_tokens, 1), dtype=torch.float32, device=world.device)
     work = partial(forward_backward, model, attention_for, objective)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,17 @@ def test_what_can_be_known_of_continual_training_is_told_and_all_that_is_missing
     told, errors = dry_run(*words, "--model.preset", "tiny")
     assert "the vocabulary is the preset's own" in told
     assert len(errors) == 2
+
+
+def test_reinforcement_learning_tells_of_its_reference_and_that_its_tokens_are_a_bound(dry_run: DryRun) -> None:
+    words = ("rl", "rl_1.5b_stage1", "--model.path", "models/Qwen2.5-1.5B", "--init.checkpoint", "null")
+    told, _ = dry_run(*words)
+    assert "tokens: at most " in told
+    assert "reference" not in told
+    told, _ = dry_run(*words, "--policy.kl_coef", "0.001")
+    gigabytes = dict(re.findall(r"^  (.+?) +([\d.]+) GiB$", told, re.MULTILINE))
+    masters, codes = (float(gigabytes[name]) for name in ("master weights (float32)", "FP8 weights"))
+    assert float(gigabytes["reference of the KL term"]) == pytest.approx(masters + codes, abs=0.02)
 
 
 @pytest.mark.parametrize(("command", "start"), [("rl", "model"), ("sft", "model"), ("rl", "checkpoint")])

@@ -106,6 +106,11 @@ def test_loss_equals_the_formulas_token_by_token(importance: Any, coefficients: 
     assert ("reference_kl" in sums) == bool(coefficients)
 
 
+def test_weights_that_are_off_are_not_truncated() -> None:
+    _, sums = policy_loss(terms(), PolicySection(importance="off", importance_clip=1.0))
+    assert (sums["importance_weight"].item(), sums["importance_clipped"].item()) == (60, 0)
+
+
 @pytest.mark.parametrize("importance", ["off", "token", "sequence"])
 def test_gradient_of_the_loss_equals_finite_differences(importance: Any) -> None:
     policy = PolicySection(importance=importance, kl_coef=0.3, entropy_coef=0.2)

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_run import SEQ_LEN
@@ -15,7 +16,7 @@ from tensors import same
 from torch import Tensor
 
 from infir2.config import LogSection, TrainSection
-from infir2.data.packing import pack
+from infir2.data.packing import pack, pack_documents
 from infir2.errors import TrainingStopped, UserError
 from infir2.model.transformer import CausalLM
 from infir2.train import step as step_module
@@ -223,6 +224,20 @@ def test_a_step_counts_its_tokens_and_attended_pairs() -> None:
     assert 4 * SEQ_LEN < result.attended < 4 * SEQ_LEN * (SEQ_LEN + 1) / 2
     whole = pack(windows(4), False)
     assert whole.attended == 4 * SEQ_LEN * (SEQ_LEN + 1) // 2
+
+
+def test_what_fills_a_micro_batch_up_is_not_counted() -> None:
+    """Else a batch that is filled up to a fixed size shows more FLOPs than were of use."""
+    documents = [(np.arange(n, dtype=np.int32), np.ones(n, np.bool_)) for n in (4, 7)]
+    batch = pack_documents(documents, SEQ_LEN)
+    assert batch.labels.shape == (1, SEQ_LEN)
+    model = build()
+    result = step(model, adam(model), [batch, batch])
+    assert (result.tokens, result.valid_tokens) == (2 * 9, 2 * 9)
+    assert result.attended == 2 * (3 * 4 // 2 + 6 * 7 // 2)
+    part = batch.beginning(12)
+    assert (part.read_tokens, part.attended) == (9, batch.attended)
+    assert (batch.beginning(5).read_tokens, batch.beginning(5).attended) == (5, 3 * 4 // 2 + 2 * 3 // 2)
 
 
 @pytest.mark.parametrize(
