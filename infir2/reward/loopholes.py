@@ -1,4 +1,4 @@
-"""Answers that solve nothing and yet get full marks from reasoning-gym's scorers: "nan", any text, 1*1*4*6 for every 24.
+"""Answers that solve nothing and yet get full marks from reasoning-gym's scorers: "nan", any text, 1*1*4*6 for any 24.
 
 A model finds such an answer and gives no other from then on. Runs in the worker process, beside the library's scorer.
 """
