@@ -1,6 +1,7 @@
 """Files that are whole or not there: written under another name, fsynced, renamed, and the folder fsynced too.
 
-Also the files that a user names to be written: what is wrong with one is told before the work, in one line.
+Also the files that a user names to be written: what is wrong with one is told before the work, in one line. And which
+files of a folder that comes from elsewhere are its own.
 """
 
 import errno
@@ -92,3 +93,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def stays_inside(path: Path, folder: Path) -> bool:
+    """Whether a file in ``folder`` lies there, too: a link in a stranger's folder may lead to any file of this machine,
+    which would then be read, or copied to where others see it."""
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    if target.parent == home:
+        return True
+    # The Hugging Face cache keeps files in blobs/ and links to them from snapshots/REVISION/.
+    return home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"

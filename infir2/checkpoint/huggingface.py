@@ -21,7 +21,7 @@ from infir2.checkpoint.safetensors_writer import INDEX, WEIGHTS, TensorSpec, wri
 from infir2.checkpoint.state import model_state
 from infir2.data.replaced_folder import built_beside
 from infir2.data.tokenizer import copy_tokenizer
-from infir2.durable import replace_file
+from infir2.durable import replace_file, stays_inside
 from infir2.errors import CheckpointError, how_to_fetch, some_of
 from infir2.parallel.apply import fill
 
@@ -317,7 +317,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def _opened(folder: Path, file: str) -> Iterator[Any]:
     path = folder / file
-    if not _stays_inside(path, folder):
+    if not stays_inside(path, folder):
         raise CheckpointError(f"{path}: refused: a link that leaves the model folder")
     try:
         open(path, "rb").close()  # safetensors says of a file that may not be read that there is none
@@ -326,14 +326,6 @@ def _opened(folder: Path, file: str) -> Iterator[Any]:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}; copy or fetch it again") from error
     with handle:
         yield handle
-
-
-def _stays_inside(path: Path, folder: Path) -> bool:
-    home, target = folder.resolve(), path.resolve()
-    if target.parent == home:
-        return True
-    # The Hugging Face cache keeps files in blobs/ and links to them from snapshots/REVISION/.
-    return home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from infir2.checkpoint.huggingface import CONFIG, HfFolder, Tensors, read_config
 from infir2.checkpoint.store import CheckpointStore
 from infir2.checkpoint.stored_model import StoredModel
 from infir2.data.tokenizer import has_tokenizer
+from infir2.durable import stays_inside
 from infir2.errors import CheckpointError, how_to_fetch
 from infir2.fp8.convert import keep_outer_layers
 from infir2.model.config import ModelConfig, from_hf
@@ -113,6 +114,8 @@ def _meta_model(architecture: ModelConfig) -> CausalLM:
 def _carried(folder: Path, names: tuple[str, ...] = CARRIED) -> dict[str, str]:
     found = {}
     for name in names:
+        if not stays_inside(folder / name, folder):
+            raise CheckpointError(f"{folder / name}: refused: a link that leaves the model folder")
         try:
             found[name] = (folder / name).read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from infir2.durable import replace_file
+from infir2.durable import replace_file, stays_inside
 from infir2.errors import DataError, how_to_fetch
 
 if TYPE_CHECKING:
@@ -142,6 +142,8 @@ def copy_tokenizer(path: str | Path, folder: Path, complete: bool = True) -> Non
     found = {name: file for name, file in files.items() if file.is_file()}
     if not found:
         raise DataError(f"{path}: no tokenizer files in it")
+    if outside := next((file for file in found.values() if path.is_dir() and not stays_inside(file, path)), None):
+        raise DataError(f"{outside}: refused: a link that leaves the tokenizer's folder; put the file itself there")
     folder.mkdir(parents=True, exist_ok=True)
     for name, file in found.items():
         replace_file(folder / name, file.read_bytes())

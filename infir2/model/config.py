@@ -21,6 +21,7 @@ ARCHITECTURES: dict[str, ModelType] = {
 
 # What transformers assumes where a config.json is silent.
 _LARGEST_SIZE, _MOST_PARAMETERS = 2**31 - 1, 2**43
+_MOST = {"num_hidden_layers": 1024, "head_dim": 2**16}
 """Above these a config.json is damaged: torch would fail on the way to such a model, or never come to its end."""
 _DEFAULT_ROPE_THETA = 10_000.0
 _DEFAULT_POSITIONS = {"qwen2": 32_768, "qwen3": 32_768, "llama": 2_048}
@@ -332,8 +333,9 @@ def _family_flags(config: ModelConfig) -> list[tuple[str, bool, bool]]:
 
 def _check_type(name: str, annotation: Any, value: Any) -> None:
     """Sizes are whole and positive, constants finite and positive, token ids whole and not negative."""
-    if annotation is int and (type(value) is not int or not 1 <= value <= _LARGEST_SIZE):
-        raise ConfigError(f"{name}: expected a positive whole number up to {_LARGEST_SIZE}, got {value!r}")
+    most = _MOST.get(name, _LARGEST_SIZE)
+    if annotation is int and (type(value) is not int or not 1 <= value <= most):
+        raise ConfigError(f"{name}: expected a positive whole number up to {most}, got {value!r}")
     if annotation is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value <= 0:

@@ -87,7 +87,7 @@ _ACTING = {
     "utimensat": (280, 88), "utime": (132, -1), "utimes": (235, -1), "setxattr": (188, 5), "truncate": (76, 45),
     "prlimit64": (302, 261), "landlock_create_ruleset": (444, 444),
 }  # fmt: skip
-_CLONE, _CLONE3, _SOCKET = (56, 220), (435, 435), (41, 198)
+_CLONE, _CLONE3, _SOCKET, _SOCKETPAIR = (56, 220), (435, 435), (41, 198), (53, 199)
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the tables, AUDIT_ARCH
 _NEW_NAMESPACE_FLAGS = 0x7E020000
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -129,8 +129,9 @@ def _filter(arch: int, column: int, refused: list[int]) -> list[bytes]:
     program += [_op(_EQUAL, _CLONE3[column], 0, 1), _op(_RETURN, _REFUSE | errno.ENOSYS)]
     program += [_op(_EQUAL, _CLONE[column], 0, 4), _op(_LOAD, _ARGUMENT_AT)]
     program += [_op(_ANY_BIT, _NEW_NAMESPACE_FLAGS, 0, 1), refuse, _op(_RETURN, _ALLOW)]
-    program += [_op(_EQUAL, _SOCKET[column], 0, 4), _op(_LOAD, _ARGUMENT_AT)]
-    program += [_op(_EQUAL, 1, 1, 0), refuse, _op(_RETURN, _ALLOW)]
+    for call in (_SOCKET, _SOCKETPAIR):  # the kernel makes a pair of any family before it finds that there is none
+        program += [_op(_EQUAL, call[column], 0, 4), _op(_LOAD, _ARGUMENT_AT)]
+        program += [_op(_EQUAL, 1, 1, 0), refuse, _op(_RETURN, _ALLOW)]
     return [*program, _op(_RETURN, _ALLOW)]
 
 

@@ -180,7 +180,8 @@ def _job(
     return {
         "nonce": nonce, "layers": list(layers), "limits": asdict(limits), "parent": os.getpid(), "work": folder,
         "source": source, "readable": readable_paths(), "python": _interpreter(),
-        "arguments": ["-I", "-S", "-B", "-X", "utf8", "-c", inside, *how],
+        # not -I: it would make Python forget the seed of its hashes, and a set of strings change its order by chance
+        "arguments": ["-P", "-s", "-S", "-B", "-X", "utf8", "-c", inside, *how],
     }  # fmt: skip
 
 

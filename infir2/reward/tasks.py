@@ -1,9 +1,9 @@
 r"""Answers to reasoning-gym's generated tasks, scored by the library itself: only full marks count.
 
 The library gives partial credit, for instance ``len(oracle) / len(answer)`` to any text that contains the right answer;
-a model learns to collect that, so a score below ``threshold`` (1.0) is 0. Some of the library's scorers *evaluate* the
-answer as Python. For those, answers that are more than a plain literal or a plain formula are turned away here, and
-all scoring happens in worker processes with a time limit, bounded memory and few rights.
+a model learns to collect that, so a score below ``threshold`` (1.0) is 0, and so is what loopholes.py knows of. Some of
+the library's scorers *evaluate* the answer as Python. For those, answers that are more than a plain literal or a plain
+formula are turned away here, and all scoring happens in worker processes with a time limit, bounded memory, few rights.
 """
 
 import json
@@ -19,15 +19,18 @@ from infir2.reward.workers import WorkerPool
 
 MAX_ANSWER = 20_000
 # Data sets whose scorers call eval() on an answer that is not right as it stands. What such an answer may hold: lists
-# and words; no call, attribute or comprehension can be written with these characters.
+# and words; no call, attribute, element or comprehension, which could also read the right answer from the entry.
 _LITERALS = {"string_insertion", "spiral_matrix", "binary_matrix", "n_queens", "number_sorting"}
-_FORMULAS = {
-    "simple_integration", "intermediate_integration", "polynomial_multiplication", "puzzle24", "countdown",
-}  # fmt: skip
 _LITERAL = re.compile(r"[\w\s,'\"\[\].+-]*")
+_BEYOND_LITERALS = re.compile(r"__|\b(?:for|lambda)\b|[\w'\"\]]\s*\[|[A-Za-z_'\"\]]\s*\.")
+# Formulas are read by sympy, which evaluates them with all of its own names and Python's at hand: no name but these.
+_FORMULAS = {"simple_integration", "intermediate_integration", "polynomial_multiplication"}
 _FORMULA = re.compile(r"[A-Za-z0-9\s+\-*/^().=]*")
+_ARITHMETIC = {"puzzle24", "countdown"}
+_SUM = re.compile(r"(?!.*(?:\*\s*\*|/\s*/))[0-9\s+\-*/()]*", re.DOTALL)
 _FUNCTIONS = {"sin", "cos", "tan", "exp", "log", "ln", "sqrt", "asin", "acos", "atan", "sinh", "cosh", "tanh", "Abs"}
-_CALLED = re.compile(r"([A-Za-z][A-Za-z0-9]*)\s*\(")
+_NUMBER = re.compile(r"(?<![A-Za-z0-9])(?:0[xX][0-9a-fA-F]+|[0-9.]+(?:[eE][+-]?[0-9]+)?)")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*")
 _MAX_FORMULA = 500
 # Where scorers evaluate parts of the entry itself: data must not run either.
 _EVALUATED_PARTS = {
@@ -39,23 +42,26 @@ _EXPRESSION = re.compile(r"[A-Za-z0-9\s+\-*/^().=<>&|~,\[\]'\"]*")
 
 def is_harmless(dataset: str, answer: str) -> bool:
     """Whether the library's scorer may see this answer: always for scorers that compare text; for those that evaluate
-    it, if it is a list of plain values, or a formula with known functions only."""
+    it, if it is a list of plain values, a sum, or a formula with known functions only."""
     if dataset in _LITERALS:
-        return bool(_LITERAL.fullmatch(answer)) and "__" not in answer and not re.search(r"\b(for|lambda)\b", answer)
+        return bool(_LITERAL.fullmatch(answer)) and not _BEYOND_LITERALS.search(answer)
+    if dataset in _ARITHMETIC:
+        return len(answer) <= _MAX_FORMULA and bool(_SUM.fullmatch(answer))
     if dataset in _FORMULAS:
-        return (
-            len(answer) <= _MAX_FORMULA
-            and bool(_FORMULA.fullmatch(answer))
-            and not re.search(r"[A-Za-z)]\s*\.|\.\s*[A-Za-z(]|\b(?:lambda|for|if|import)\b", answer)
-            and all(name in _FUNCTIONS or len(name) == 1 for name in _CALLED.findall(answer))
-        )
+        return len(answer) <= _MAX_FORMULA and bool(_FORMULA.fullmatch(answer)) and _has_plain_names(answer)
     return True
 
 
+def _has_plain_names(text: str) -> bool:
+    """Names are variables of one letter, pi and known functions, called or not: ``(eval)(x)`` is a call, too. No
+    attributes."""
+    names = _NAME.findall(_NUMBER.sub(" ", text))
+    known = all(name in _FUNCTIONS or name == "pi" or len(name) == 1 for name in names)
+    return known and not re.search(r"[A-Za-z)\]'\"]\s*\.|\.\s*[A-Za-z(]", text)
+
+
 def _is_expression(text: str) -> bool:
-    return bool(_EXPRESSION.fullmatch(text)) and all(
-        name in _FUNCTIONS or len(name) == 1 for name in _CALLED.findall(text)
-    )
+    return bool(_EXPRESSION.fullmatch(text)) and _has_plain_names(text)
 
 
 def task_answer(response: str, think: Think = "auto") -> str | None:

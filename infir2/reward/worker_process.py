@@ -79,13 +79,17 @@ def load_math() -> Callable[[Any], bool]:
 
 
 def load_reasoning_gym() -> Callable[[Any], float]:
-    """(data set, entry, answer) -> the library's score in [0, 1]."""
+    """(data set, entry, answer) -> the library's score in [0, 1]; 0 for an answer that only takes it in."""
     from reasoning_gym.factory import get_score_answer_fn
+
+    from infir2.reward.loopholes import solves
 
     scorers: dict[str, Callable[..., float]] = {}
 
     def score(item: Any) -> float:
         name, entry, answer = item
+        if not solves(name, entry, answer):
+            return 0.0
         if name not in scorers:
             scorers[name] = get_score_answer_fn(name)
         return float(scorers[name](answer=answer, entry=entry))

@@ -70,12 +70,7 @@ def engine_requests(request: Sampling, served: ServedModel, limits: ServerLimits
     if request.model != served.name:
         message = f"model: {request.model!r} is not served here, {served.name!r} is"
         raise ApiError(404, message, "model", "model_not_found")
-    prompts = _prompts(request, served)
-    if len(prompts) * request.n > limits.samples:
-        raise ApiError(
-            400, f"n: {len(prompts)} prompts x {request.n} samples exceed the limit of {limits.samples}", "n"
-        )
-    return [_engine_request(request, ids, served, limits) for ids in prompts]
+    return [_engine_request(request, ids, served, limits) for ids in _prompts(request, served, limits)]
 
 
 def stop_ids(request: Sampling, served: ServedModel) -> frozenset[int]:
@@ -84,8 +79,9 @@ def stop_ids(request: Sampling, served: ServedModel) -> frozenset[int]:
     return frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else ends)
 
 
-def _prompts(request: Sampling, served: ServedModel) -> list[list[int]]:
+def _prompts(request: Sampling, served: ServedModel, limits: ServerLimits) -> list[list[int]]:
     if isinstance(request, ChatRequest):
+        _check_samples(1, request.n, limits)
         if served.chat is None:
             raise ApiError(400, f"messages: {served.chat_problem}", "messages")
         try:
@@ -96,10 +92,16 @@ def _prompts(request: Sampling, served: ServedModel) -> list[list[int]]:
     prompt: Any = request.prompt
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         prompt = [prompt]
+    _check_samples(len(prompt), request.n, limits)  # before the work of tokenising them
     ids = [served.tokenizer(one)["input_ids"] if isinstance(one, str) else one for one in prompt]
     if not ids or not all(ids):
         raise ApiError(400, "prompt: has no tokens", "prompt")
     return ids
+
+
+def _check_samples(prompts: int, n: int, limits: ServerLimits) -> None:
+    if prompts * n > limits.samples:
+        raise ApiError(400, f"n: {prompts} prompts x {n} samples exceed the limit of {limits.samples}", "n")
 
 
 def _engine_request(request: Sampling, ids: list[int], served: ServedModel, limits: ServerLimits) -> Request:

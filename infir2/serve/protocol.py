@@ -33,6 +33,8 @@ _WITHOUT_EFFECT = (
 _UNSHOWN, _THOUGHTS, _LISTS = {"name"}, {"reasoning_content", "reasoning"}, {"tool_calls", "annotations"}
 
 _Stop = Annotated[str, Field(max_length=256)]
+# Of a long list of mistakes the first is told: to collect a million of them takes gigabytes and half a minute.
+_FIRST = Field(fail_fast=True)
 
 
 class _Checked(pydantic.BaseModel):
@@ -54,7 +56,7 @@ class Message(_Checked):
     """One message of a conversation. The content is text; in parts, they are joined."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], _FIRST]
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -117,7 +119,7 @@ class Sampling(_Checked):
 class ChatRequest(Sampling):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -130,7 +132,12 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """Body of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: (
+        str
+        | Annotated[list[str], _FIRST]
+        | Annotated[list[int], _FIRST]
+        | Annotated[list[Annotated[list[int], _FIRST]], _FIRST]
+    )
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     best_of: int | None = None
 

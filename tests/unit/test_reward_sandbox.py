@@ -77,6 +77,12 @@ def test_every_run_starts_with_nothing(sandbox: Sandbox) -> None:
     assert b"left" not in sandbox.run_script("import os; print(os.listdir('.'))").stdout
 
 
+def test_every_run_hashes_alike(sandbox: Sandbox) -> None:
+    """The order of a set of strings is the same in every run, and with it the verdict."""
+    source = "print(hash('a'), {'one', 'two', 'three', 'four', 'five'})"
+    assert sandbox.run_script(source).stdout == sandbox.run_script(source).stdout
+
+
 def test_a_private_umask_does_not_matter(sandbox: Sandbox) -> None:
     before = os.umask(0o077)
     try:
@@ -118,6 +124,16 @@ def test_no_network(sandbox: Sandbox) -> None:
         )
         assert select.select([tcp, udp], [], [], 0.2)[0] == []
     assert run.stdout.count(b"REFUSED") == 4, run
+
+
+def test_no_pairs_of_other_families(sandbox: Sandbox) -> None:
+    """The kernel makes both sockets of a pair before it finds that the family has none: a way to all of its code."""
+    run = sandbox.run_script(
+        "import ctypes\nlibc, pair = ctypes.CDLL(None, use_errno=True), (ctypes.c_int * 2)()\n"
+        "for family in (2, 10, 16, 40):\n    libc.socketpair(family, 2, 0, pair)\n    print(ctypes.get_errno())\n"
+        "import socket\nprint(len(socket.socketpair()))"
+    )
+    assert run.stdout.split() == [b"1"] * 4 + [b"2"], run  # EPERM
 
 
 def test_no_abstract_or_named_sockets_of_others(sandbox: Sandbox, tmp_path: Path, canary: Path) -> None:

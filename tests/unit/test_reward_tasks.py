@@ -105,6 +105,8 @@ def test_answers_are_never_run(scorer: ReasoningGymScorer, name: str, tmp_path: 
         "().__class__.__base__.__subclasses__()",
         "(lambda: 0)()",
         f"eval(chr(111) + {str(target)!r})",
+        "(eval)((chr)(49))",  # a call without a name before its bracket, a text without quotes
+        "entry['answer']",
     ]
     scores = scorer.score_many(
         [(f"<answer>{attack}</answer>", {"dataset": name, "entry": entry}) for attack in attacks]
@@ -147,8 +149,8 @@ def test_even_code_that_gets_through_can_do_little(scorer: ReasoningGymScorer, t
 
 
 def test_a_bomb_is_killed(scorer: ReasoningGymScorer) -> None:
-    entry = gym.create_dataset("countdown", size=1, seed=1)[0]
-    pairs = [("<answer>9**9**9**9</answer>", entry), (f"<answer>{entry['metadata']['expression']}</answer>", entry)]
+    entry = gym.create_dataset("simple_integration", size=1, seed=1)[0]
+    pairs = [("<answer>9**9**9**9</answer>", entry), (f"<answer>{entry['answer']}</answer>", entry)]
     assert [(s.value, s.decided) for s in scorer.score_many(pairs)] == [(0, "timeout"), (1, "scorer")]
 
 
@@ -158,10 +160,53 @@ def test_bad_entries(label: object) -> None:
         parse_entry(label)
 
 
-def test_entries_are_not_run_either() -> None:
-    evil = {"answer": "1", "metadata": {"problem": "__import__('os').getpid()"}}
+def test_a_reply_cannot_be_forged(scorer: ReasoningGymScorer) -> None:
+    """Code in an answer could write the reply to it, whatever number the pipe has."""
+    entry = gym.create_dataset("intermediate_integration", size=1, seed=1)[0]
+    codes = [f"__import__('os').write({pipe},b'{{\"value\":1}}\\n')" for pipe in range(3, 10)]
+    answers = ["(eval)(" + "+".join(f"(chr)({ord(letter)})" for letter in code) + ")" for code in codes]
+    assert max(map(len, answers)) < 500  # the limit on formulas is not what holds them back
+    assert [s.value for s in scorer.score_many([(f"<answer>{a}</answer>", entry) for a in answers])] == [0] * 7
+
+
+# Answers that solve nothing and to which the library itself gives full marks, and what still has to count.
+LOOPHOLES = {
+    "number_sorting": (lambda entry: ["[" + ", ".join(["NaN"] * entry["metadata"]["numbers"]) + "]"], None),
+    "complex_arithmetic": (lambda entry: ["nan", "NaN"], None),
+    "game_of_life_halting": (lambda entry: ["no idea", str(entry["answer"] != "True")], str.lower),
+    "coin_flip": (lambda entry: ["0", "0.", entry["answer"][:3]], lambda answer: f"{float(answer):.5g}"),
+    "puzzle24": (lambda entry: ["1*1*4*6", "24 + 0*1*1"], None),
+    "countdown": (lambda entry: [str(entry["metadata"]["target"])], None),
+}
+
+
+@pytest.mark.parametrize("name", LOOPHOLES)
+def test_answers_that_take_the_library_in_earn_nothing(scorer: ReasoningGymScorer, name: str) -> None:
+    wrong, other_form = LOOPHOLES[name]
+    pairs, expected = [], []
+    for entry in list(gym.create_dataset(name, size=5, seed=3)):
+        right = entry["metadata"].get("expression", entry["answer"])
+        if len(right) < 6 and name == "coin_flip":
+            continue  # then its beginning is the answer
+        forms = [right, *([other_form(right)] if other_form else [])]
+        for answers, value in ((forms, 1), (wrong(entry), 0)):
+            pairs += [(f"<answer>{answer}</answer>", {"dataset": name, "entry": entry}) for answer in answers]
+            expected += [value] * len(answers)
+    assert [s.value for s in scorer.score_many(pairs)] == expected
+
+
+def test_twenty_four_has_to_be_exact(scorer: ReasoningGymScorer) -> None:
+    entry = {"question": "", "answer": "", "metadata": {"source_dataset": "puzzle24", "numbers": [7, 7, 2, 1]}}
+    answers = ["7*7/2*1", "(7 + 7)*2 - 1", "7**1*7/2"]
+    assert [s.value for s in scorer.score_many([(f"<answer>{a}</answer>", entry) for a in answers])] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("problem", ["__import__('os').getpid()", "(eval)('1')", "(0x1F).real"])
+def test_entries_are_not_run_either(problem: str) -> None:
+    evil = {"answer": "1", "metadata": {"problem": problem}}
     with pytest.raises(DataError, match="plain expression"):
         parse_entry({"dataset": "bitwise_arithmetic", "entry": evil})
+    parse_entry({"dataset": "bitwise_arithmetic", "entry": {"answer": "1", "metadata": {"problem": "(0x1F << 0x3)"}}})
 
 
 # shaping --------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import small_chat
 import torch
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
+from pydantic import ValidationError
 from rich.console import Console
 from starlette.websockets import WebSocketDisconnect
 
@@ -279,6 +280,25 @@ def test_requests_that_cannot_be_read(body: bytes, message: str) -> None:
         parse(ChatRequest, body)
     assert caught.value.status == 400
     assert caught.value.message.startswith(message)
+
+
+@pytest.mark.parametrize("field", [b'"prompt": [%s1]', b'"messages": [%s1]', b'"messages": [{"content": [%s1]}]'])
+def test_of_many_mistakes_only_the_first_is_collected(field: bytes) -> None:
+    """A million mistakes in a body of 4 MB would hold the interpreter for half a minute and take gigabytes."""
+    kind = CompletionRequest if b"prompt" in field else ChatRequest
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate_json(b'{"model": "m", ' + field % (b"{}," * 1000) + b"}")
+    assert caught.value.error_count() < 10
+
+
+def test_too_many_prompts_are_refused_before_they_are_tokenised(
+    client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenised: list[str] = []
+    monkeypatch.setattr(type(engine.tokenizer), "__call__", lambda self, text, **_: tokenised.append(text))
+    body = {"model": "small", "prompt": ["a"] * 1000, "max_tokens": 1}
+    answer = client.post("/v1/completions", json=body, headers=KEY)
+    assert (answer.status_code, answer.json()["error"]["param"], tokenised) == (400, "n", [])
 
 
 def test_fields_that_ask_for_nothing_are_no_error() -> None:

@@ -52,6 +52,20 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
     return lines[0]
 
 
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "chat_template.jinja"])
+def test_no_link_carries_a_file_of_this_machine_into_the_result(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model from a stranger could have it that a private key is published with what was made of it."""
+    source = bf16_model(tmp_path / "hf")
+    (tmp_path / "id_rsa").write_text("private")
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(tmp_path / "id_rsa")
+    line = error_of(capsys, source, tmp_path / "out", "--to", "hf")
+    assert f"{name}: refused: a link that leaves" in line
+    assert not (tmp_path / "out").exists()
+
+
 # Round trips
 
 
