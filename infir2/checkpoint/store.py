@@ -123,7 +123,7 @@ class CheckpointStore:
         """The newest checkpoint whose every file is as it was written; None when there is no checkpoint at all.
 
         Damaged ones are passed over, with a warning and a line in ``problems``. Raises CheckpointError if there are
-        checkpoints but none is intact.
+        checkpoints but none is intact, or if one cannot be read: nothing is wrong with it, so none is taken instead.
         """
         self._join()
         self.problems = []
@@ -282,10 +282,15 @@ class CheckpointStore:
             raise CheckpointError(f"{problems[0]}{more}")
 
     def _problems_of(self, path: Path) -> list[str]:
-        """Check every file of a checkpoint against its manifest; the ranks share the work and agree on the answer."""
+        """Check every file of a checkpoint against its manifest; the ranks share the work and agree on the answer.
+
+        Raises manifest.Unreadable where there is none.
+        """
         before = self._ranks.lead(lambda: _fingerprint(path))
         try:
             entries = self._ranks.lead(lambda: manifest.read(path))
+        except manifest.Unreadable:
+            raise
         except CheckpointError as error:
             return [str(error)]
         missing = [f"{path / name}: not listed in the manifest" for name in (META, safe_reader.METADATA)]

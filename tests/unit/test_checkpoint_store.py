@@ -1,7 +1,11 @@
 """CheckpointStore in one process: round trips, damage, retention, key accounting, failures that must surface."""
 
+import errno
+import io
 import json
+import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -175,6 +179,39 @@ def test_50_truncated_or_missing_files_are_found(tmp_path: Path) -> None:
         assert path.name in store.problems[0]
         path.write_bytes(data)
     assert store.latest() == root / "step-000002"
+
+
+@pytest.mark.parametrize("name", ["MANIFEST.json", "meta.json", "__0_0.distcp"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_what_cannot_be_read_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    """Neither passed over for an older one nor replaced: it may be the network's or the administrator's fault."""
+    store = save_steps(tmp_path, 1, 2)
+    closed, before = tmp_path / "step-000002" / name, names(tmp_path / "step-000002")
+    with monkeypatch.context() as patch:
+        for module, function in ((os, "open"), (io, "open")):
+            patch.setattr(module, function, refusing(closed, number, getattr(module, function)))
+        for act in (
+            store.latest,
+            lambda: store.find(str(tmp_path)),
+            lambda: store.find(str(tmp_path / "step-000002")),
+        ):
+            with pytest.raises(CheckpointError, match=re.escape(f"{closed}: cannot be read: {os.strerror(number)}")):
+                act()
+        with pytest.raises(CheckpointError, match=re.escape(f"{os.strerror(number)} ({closed})")):
+            CheckpointStore(tmp_path, async_save=False).save(2, everything(*trained(9)), {})
+    assert store.latest() == tmp_path / "step-000002"
+    assert (store.problems, names(tmp_path / "step-000002")) == ([], before)
+
+
+def refusing(closed: Path, number: int, true: Callable[..., Any]) -> Callable[..., Any]:
+    def opened(path: Any, *args: Any, **more: Any) -> Any:
+        if path == closed:
+            raise OSError(number, os.strerror(number), str(path))
+        return true(path, *args, **more)
+
+    return opened
 
 
 def test_no_intact_checkpoint_is_an_error_and_none_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
