@@ -78,7 +78,7 @@ def run_training(
                 saver = Saver(store, trainee, metrics, _facts(config, data, start, architecture, tokenizer))
                 stopped = train_stage(config, world, data, trainee, metrics, start, saver)
             if world.is_main and stopped is None:
-                print(_closing_line(run, settings.steps, metrics.newest))
+                print(_closing_line(run, start.progress, metrics.newest))
             return stopped
 
 
@@ -152,11 +152,17 @@ def _open_metrics(config: TrainingConfig, world: World, start: Start, data: Stag
     return metrics
 
 
-def _closing_line(run: Path, steps: int, values: Mapping[str, float]) -> str:
+def _closing_line(run: Path, progress: TrainState, values: Mapping[str, float]) -> str:
     """How a run ended, and where to look at it."""
     names = {"reward": "reward", "eval_reward": "held-out reward", "loss": "loss", "eval_loss": "held-out loss"}
+    if late := progress.skipped_in_a_row:
+        del names["loss"]  # no number
     shown = [f"{name} {values[key]:.4f}" for key, name in names.items() if key in values]
-    return f"{', '.join([f'done: {steps} steps', *shown])}; infir2 report {run} shows it"
+    line = ", ".join([f"done: {progress.step} steps", *shown])
+    if progress.skipped:
+        end = f", the last {late} among them: the weights are those of step {progress.step - late}" if late else ""
+        line += f"; {progress.skipped} steps were skipped for a non-finite loss or gradient{end}"
+    return f"{line}; infir2 report {run} shows it"
 
 
 @dataclass(frozen=True)
