@@ -195,3 +195,24 @@ def test_a_changed_model_folder_is_no_reference(
     assert f"{folder}: not the weights that the KL term of {run} has referred to" in capsys.readouterr().err
     assert rl(path, "--train.steps", "3", "--model.path", str(policy)) == 2
     assert "another recipe: model.path" in capsys.readouterr().err
+
+
+def test_a_changed_grader_is_noticed(rl_recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    grader = tmp_path / "grader.py"
+    grader.write_text("def score(response, label):\n    return float(label in response)\n")
+    settings = {"reward.kind": "python", "reward.file": str(grader), "train.eval_every": 0, "train.save_every": 1}
+    path, run = rl_recipe(**settings)
+    assert rl(path, "--train.steps", "1") == 0
+    moved = grader.rename(tmp_path / "moved.py")
+    again = ("--train.steps", "2", "--reward.file", str(moved))
+    moved.write_text(f"{moved.read_text()}# no more\n")
+    capsys.readouterr()
+    assert rl(path, *again) == 2
+    assert f"was made with another recipe: reward.file: {moved} (SHA-256 " in capsys.readouterr().err
+    moved.write_text(moved.read_text().removesuffix("# no more\n"))
+    assert rl(path, *again) == 0, "the same file in another place"
+    moved.write_text(f"{moved.read_text()}# no more\n")
+    accepted = ("--train.steps", "3", "--reward.file", str(moved), "--train.accept_changes", "true")
+    assert rl(path, *accepted) == 0
+    assert any("SHA-256" in line.get("change", "") for line in metrics_lines(run, "event"))
+    assert rl(path, *accepted[:-2], "--train.steps", "4") == 0, "what was accepted stands in the next checkpoint"
