@@ -178,6 +178,7 @@ class Saver:
 
     def save(self, at: TrainState) -> None:
         self.finish()  # the one before is told of, whatever becomes of this one
+        self.metrics.sync()
         self.store.save(at.step, self.trainee.tensors(), {"progress": at.to_json(), **self.facts})
 
     def poll(self) -> None:
