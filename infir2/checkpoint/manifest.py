@@ -67,7 +67,7 @@ def read(folder: Path) -> dict[str, Entry]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing, so the checkpoint cannot be trusted") from None
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     try:
         files = json.loads(data)["files"]
         entries = {str(name): Entry(int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
@@ -79,6 +79,14 @@ def read(folder: Path) -> dict[str, Entry]:
         if name in ("", ".", "..", MANIFEST) or "/" in name or "\\" in name or "\0" in name:
             raise CheckpointError(f"{path}: refused: {name!r} is not a plain file name")
     return entries
+
+
+def unreadable(path: Path, error: OSError) -> Unreadable:
+    """The words for a file of a checkpoint that cannot be read."""
+    return Unreadable(
+        f"{path}: cannot be read: {error.strerror}, which does not make it damaged; let it be read and run the same "
+        f"command again, or move {path.parent.name} away to go on without it"
+    )
 
 
 def problem_with(folder: Path, name: str, entry: Entry) -> str | None:
@@ -98,15 +106,8 @@ def problem_with(folder: Path, name: str, entry: Entry) -> str | None:
     except FileNotFoundError:
         return f"{path}: missing"
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     return None
-
-
-def _unreadable(path: Path, error: OSError) -> Unreadable:
-    return Unreadable(
-        f"{path}: cannot be read: {error.strerror}, which does not make it damaged; let it be read and run the same "
-        f"command again, or move {path.parent.name} away to go on without it"
-    )
 
 
 def publish(temporary: Path, final: Path) -> None:

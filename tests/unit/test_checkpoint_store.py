@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from infir2.checkpoint import manifest
+from infir2.checkpoint.folders import peek_meta
 from infir2.checkpoint.state import model_state, optimizer_state
 from infir2.checkpoint.store import CheckpointStore
 from infir2.errors import CheckpointError
@@ -199,6 +200,9 @@ def test_what_cannot_be_read_is_not_damaged(
         ):
             with pytest.raises(CheckpointError, match=re.escape(f"{closed}: cannot be read: {os.strerror(number)}")):
                 act()
+        if name == "meta.json":
+            with pytest.raises(CheckpointError, match="cannot be read"):
+                peek_meta(tmp_path)
         with pytest.raises(CheckpointError, match=re.escape(f"{os.strerror(number)} ({closed})")):
             CheckpointStore(tmp_path, async_save=False).save(2, everything(*trained(9)), {})
     assert store.latest() == tmp_path / "step-000002"
