@@ -138,7 +138,10 @@ def remove_leftovers(root: Path) -> None:
 def _delete(root: Path, prefixes: tuple[str, ...]) -> None:
     for path in list(root.iterdir()):
         if path.name.startswith(prefixes):
-            shutil.rmtree(path)
+            if path.is_symlink():  # a checkpoint that somebody moved elsewhere: where it lies, it is theirs
+                path.unlink()
+            else:
+                shutil.rmtree(path)
 
 
 def _canonical(table: dict[str, object]) -> bytes:

@@ -276,6 +276,22 @@ def test_saving_a_step_again(tmp_path: Path) -> None:
     assert loaded["w"] == 1
 
 
+def test_a_checkpoint_moved_to_another_disk_and_linked(tmp_path: Path) -> None:
+    """Retention takes the link away and nothing else; what is left of it keeps no later save from being made."""
+    root = tmp_path / "checkpoints"
+    save_steps(root, 1, 2)
+    (root / "step-000001").rename(tmp_path / "moved")
+    (root / "step-000001").symlink_to(tmp_path / "moved")
+    before = names(tmp_path / "moved")
+    assert CheckpointStore(root).find(str(root / "step-000001")) == root / "step-000001"
+    save_steps(root, 3, 4, keep=2)
+    assert names(root) == ["step-000003", "step-000004"]
+    assert names(tmp_path / "moved") == before
+    (root / ".trash-step-000002-0a1b2c3d").symlink_to(tmp_path / "moved")  # a kill came between the two steps
+    save_steps(root, 5, keep=2)
+    assert names(root) == ["step-000004", "step-000005"]
+
+
 def test_leftovers_are_removed_by_the_first_save(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
     for name in (".tmp-step-000002", ".trash-step-000001-ab"):
