@@ -136,12 +136,16 @@ def remove_leftovers(root: Path) -> None:
 
 
 def _delete(root: Path, prefixes: tuple[str, ...]) -> None:
+    failures = []
     for path in list(root.iterdir()):
         if path.name.startswith(prefixes):
-            if path.is_symlink():  # a checkpoint that somebody moved elsewhere: where it lies, it is theirs
-                path.unlink()
-            else:
-                shutil.rmtree(path)
+            try:
+                # A checkpoint that somebody moved elsewhere and linked is theirs where it lies.
+                path.unlink() if path.is_symlink() else shutil.rmtree(path)
+            except OSError as error:
+                failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def _canonical(table: dict[str, object]) -> bytes:

@@ -198,7 +198,7 @@ class CheckpointStore:
                 _log.info("%s exists and is intact: not written again", final)
                 return
             if not self._clean:  # Not before the first save: who only reads must not touch another process's folder.
-                self._ranks.lead(lambda: manifest.remove_leftovers(self.root))
+                self._ranks.lead(lambda: self._tidy(lambda: manifest.remove_leftovers(self.root)))
                 self._clean = True
             self._ranks.lead(lambda: _make_empty(temporary))
             # One thread: with more, DCP loses the errors of all but one of them.
@@ -242,10 +242,18 @@ class CheckpointStore:
 
     def _retire(self, saved: Path) -> None:
         """Delete what retention does not keep. ``saved`` has just been written, so an intact one always remains."""
-        try:
+
+        def work() -> None:
             for path in self._surplus(saved) if self.keep else []:
                 manifest.to_trash(path)
             manifest.empty_trash(self.root)
+
+        self._tidy(work)
+
+    def _tidy(self, work: Callable[[], None]) -> None:
+        """Do ``work``, which only makes room: where it fails, checkpoints are saved all the same."""
+        try:
+            work()
         except OSError as error:
             _log.warning("%s: an old checkpoint could not be deleted: %s", self.root, reason(error))
 

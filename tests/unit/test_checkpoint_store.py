@@ -292,6 +292,25 @@ def test_a_checkpoint_moved_to_another_disk_and_linked(tmp_path: Path) -> None:
     assert names(root) == ["step-000004", "step-000005"]
 
 
+def test_leftovers_that_cannot_be_deleted_keep_no_checkpoint_from_being_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file that another machine holds open, say."""
+    true = manifest.shutil.rmtree
+
+    def rmtree(path: Path, **options: Any) -> None:
+        if path.name == ".trash-a":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        true(path, **options)
+
+    for name in (".trash-a", ".trash-b", ".tmp-step-000009"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(manifest.shutil, "rmtree", rmtree)
+    save_steps(tmp_path, 1)
+    assert names(tmp_path) == [".trash-a", "step-000001"]
+    assert f"an old checkpoint could not be deleted: {os.strerror(errno.EBUSY)}" in caplog.text
+
+
 def test_leftovers_are_removed_by_the_first_save(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
     for name in (".tmp-step-000002", ".trash-step-000001-ab"):
