@@ -79,7 +79,7 @@ def make_model(folder: Path, name: str) -> int:
     with torch.device("meta"):
         model = CausalLM(config)
     specs = {key: TensorSpec(torch.bfloat16, tuple(value.shape)) for key, value in model.named_parameters()}
-    write_folder(folder, config.to_hf(), random_tensors(specs), dtype=None, specs=specs)
+    write_folder(folder, config.to_hf(), random_tensors(specs), specs)
     return max(spec.nbytes for spec in specs.values())
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import small_run
 import torch
+from small_folder import write_tensors
 
-from infir2.checkpoint.huggingface import write_folder
 from infir2.data.chat import ChatTokenizer, Sample, choose_template
 from infir2.data.conversations import Conversation
 from infir2.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
@@ -70,5 +70,5 @@ def _new_model(folder: Path, texts: list[str], vocabulary: int, seed: int, chang
 def _write(folder: Path, model: CausalLM) -> Path:
     tensors = ((name, parameter.detach()) for name, parameter in model.named_parameters())
     config = model.config.to_hf()
-    write_folder(folder / "hf", config, tensors, torch.float32, tokenizer=folder / "tokenizer")
+    write_tensors(folder / "hf", config, tensors, torch.float32, tokenizer=folder / "tokenizer")
     return folder / "hf"

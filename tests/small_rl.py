@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from small_folder import write_tensors
 from small_run import ARCHITECTURE, write_toml
 
 from infir2 import cli
-from infir2.checkpoint.huggingface import write_folder
 from infir2.config import OptimSection
 from infir2.data.chat import ChatTokenizer, choose_template
 from infir2.data.conversations import Conversation
@@ -52,7 +52,7 @@ def write_policy(folder: Path, steps: int = 40) -> Path:
         batch = pack_documents([(sample.ids, sample.trained) for sample in samples], 128)
         train_step(model, optimizer, [batch], WORLD, lambda b: document_attention(b, torch.float32), 1.0)
     weights = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
-    write_folder(folder, POLICY.to_hf(), iter(weights), dtype=torch.float32)
+    write_tensors(folder, POLICY.to_hf(), weights, dtype=torch.float32)
     copy_tokenizer(tokenizer, folder)
     return folder
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from small_folder import write_tensors
 
-from infir2.checkpoint.huggingface import write_folder
 from infir2.data.dataset import DatasetRecord, ShardWriter, write_record
 from infir2.model.config import ModelConfig
 from infir2.model.presets import PRESETS
@@ -51,7 +51,7 @@ def write_model(folder: Path, seed: int = 7, **changes: Any) -> Path:
     architecture = dataclasses.replace(ARCHITECTURE, **changes)
     with torch.device("meta"):
         model = CausalLM(architecture)
-    write_folder(folder, architecture.to_hf(), model.initial_values(seed), dtype=torch.float32)
+    write_tensors(folder, architecture.to_hf(), model.initial_values(seed), dtype=torch.float32)
     return folder
 
 

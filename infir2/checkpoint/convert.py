@@ -142,11 +142,10 @@ def _write(
         out,
         config,
         counted(),
-        dtype=None,
+        specs,
         tokenizer=source.tokenizer,
         max_shard_bytes=max_shard_bytes,
         extra_files={**source.texts, **(extra_files or {})},
-        specs=specs,
     )
     return Written(len(specs), total)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from infir2.checkpoint import manifest
 from infir2.checkpoint.cause import reason
 from infir2.data.tokenizer import has_tokenizer
 from infir2.errors import CheckpointError
@@ -29,18 +30,20 @@ def step_folders(root: Path) -> list[tuple[int, Path]]:
 
 
 def peek_meta(text: str | Path) -> dict[str, Any] | None:
-    """``meta`` of the newest checkpoint that a user means (see ``find``), unverified; None where there is none to read.
+    """``meta`` of the newest checkpoint that a user means (see ``find``), unverified; None where there is none.
 
     For what must be known before a model is built. What is loaded later is verified. ``tokenizer`` in it is what
-    ``tokenizer_of`` finds.
+    ``tokenizer_of`` finds. Raises CheckpointError where it cannot be read.
     """
     path = Path(text).expanduser()
     folders = [path, *(step for root in (path / "checkpoints", path) for _, step in step_folders(root))]
     for folder in folders:
         try:
             meta = json.loads((folder / META).read_bytes())
-        except (OSError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             continue
+        except OSError as error:
+            raise manifest.unreadable(folder / META, error) from None
         if isinstance(meta, dict) and "architecture" in meta:  # else another program's file of this name
             tokenizer = tokenizer_of(folder, meta)
             return {**meta, "tokenizer": str(tokenizer) if tokenizer else None}

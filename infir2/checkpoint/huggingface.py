@@ -15,10 +15,8 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from infir2.checkpoint.safetensors_writer import INDEX, WEIGHTS, TensorSpec, write_gathered, write_planned
-from infir2.checkpoint.state import model_state
+from infir2.checkpoint.safetensors_writer import INDEX, WEIGHTS, TensorSpec, write_planned
 from infir2.data.replaced_folder import built_beside
 from infir2.data.tokenizer import copy_tokenizer
 from infir2.durable import replace_file, stays_inside
@@ -143,50 +141,31 @@ def stored_names(source: Tensors, model: nn.Module) -> dict[str, str]:
     return result
 
 
-def full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers as whole tensors in host memory, one at a time; tied weights once.
-
-    With an FSDP2 model all ranks must iterate to the end together: gathering is collective, and only rank 0 receives
-    (name, tensor); the other ranks receive nothing.
-    """
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    for name, tensor in model_state(model).items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if first:
-            yield name, full.cpu()
-
-
 def write_folder(
     out: str | Path,
     config: Mapping[str, Any],
     tensors: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype | None = torch.bfloat16,
+    specs: Mapping[str, TensorSpec],
     tokenizer: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extra_files: Mapping[str, str] | None = None,
-    specs: Mapping[str, TensorSpec] | None = None,
 ) -> None:
-    """Write a model folder that transformers loads. Floating-point tensors are cast to ``dtype`` (None: kept as is).
+    """Write a model folder that transformers loads. ``specs`` announces every tensor, so that none has to be kept.
 
-    fp32 to bf16 rounds to nearest even. ``tokenizer`` is a folder whose tokenizer files are copied, or one
-    tokenizer.json. ``extra_files`` maps file names to text and wins over the generated files. With ``specs``, what is
-    to be stored of every tensor, no tensor is kept; without, one shard is held in memory. Raises CheckpointError if
-    ``out`` is there and not empty or cannot be written, DataError for a ``tokenizer`` that is none, and leaves nothing.
+    ``tokenizer`` is a folder whose tokenizer files are copied, or one tokenizer.json. ``extra_files`` maps file names
+    to text and wins over the generated files. Raises CheckpointError if ``out`` is there and not empty or cannot be
+    written, DataError for a ``tokenizer`` that is none, and leaves nothing.
     """
     with new_folder(out) as temporary:
-        cast = ((name, _cast(tensor, dtype)) for name, tensor in tensors)
-        texts = {CONFIG: _to_json(_config_to_write(config, dtype)), "generation_config.json": _generation(config)}
+        texts = {CONFIG: _to_json(config), "generation_config.json": _generation(config)}
         if tokenizer is not None:
             copy_tokenizer(tokenizer, temporary, complete=False)
         for name, text in {**texts, **(extra_files or {})}.items():
             if Path(name).name != name:
                 raise CheckpointError(f"{out}: {name!r} is not a plain file name")
             replace_file(temporary / name, text.encode())
-        if specs is None:
-            write_gathered(temporary, cast, max_shard_bytes)
-        else:
-            require_space(temporary, sum(spec.nbytes for spec in specs.values()))
-            write_planned(temporary, specs, cast, max_shard_bytes)
+        require_space(temporary, sum(spec.nbytes for spec in specs.values()))
+        write_planned(temporary, specs, tensors, max_shard_bytes)
 
 
 @contextlib.contextmanager
@@ -238,20 +217,6 @@ def rounded(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-
-def _config_to_write(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    if dtype is None:
-        return dict(config)
-    return {
-        **config,
-        "dtype": _name(dtype),
-        "torch_dtype": _name(dtype),
-    }  # Each of the two is the only one that some loaders read.
 
 
 def _generation(config: Mapping[str, Any]) -> str:

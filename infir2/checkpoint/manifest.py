@@ -32,6 +32,10 @@ class Entry(NamedTuple):
     """Lower-case hexadecimal digest."""
 
 
+class Unreadable(CheckpointError):
+    """A file that the system does not give. That says nothing against its bits: it is no damage."""
+
+
 def measure(path: Path, sync: bool = False) -> Entry:
     """Size and SHA-256 of a file (a link is refused); with ``sync`` the file is fsynced first."""
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -55,14 +59,15 @@ def encode(entries: dict[str, Entry]) -> bytes:
 
 
 def read(folder: Path) -> dict[str, Entry]:
-    """The entries of a folder's manifest. Raises CheckpointError, naming the manifest, for anything not as written."""
+    """The entries of a folder's manifest. Raises CheckpointError, naming the manifest, for anything not as written, and
+    Unreadable where it cannot be read."""
     path = folder / MANIFEST
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing, so the checkpoint cannot be trusted") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     try:
         files = json.loads(data)["files"]
         entries = {str(name): Entry(int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
@@ -76,8 +81,19 @@ def read(folder: Path) -> dict[str, Entry]:
     return entries
 
 
+def unreadable(path: Path, error: OSError) -> Unreadable:
+    """The words for a file of a checkpoint that cannot be read."""
+    return Unreadable(
+        f"{path}: cannot be read: {error.strerror}, which does not make it damaged; let it be read and run the same "
+        f"command again, or move {path.parent.name} away to go on without it"
+    )
+
+
 def problem_with(folder: Path, name: str, entry: Entry) -> str | None:
-    """What is wrong with one file of the manifest, in one line that names it; None when it is as it was written."""
+    """What is wrong with one file of the manifest, in one line that names it; None when it is as it was written.
+
+    Raises Unreadable where that cannot be said.
+    """
     path = folder / name
     try:
         found = path.lstat()
@@ -90,7 +106,7 @@ def problem_with(folder: Path, name: str, entry: Entry) -> str | None:
     except FileNotFoundError:
         return f"{path}: missing"
     except OSError as error:
-        return f"{path}: cannot be read: {error.strerror}"
+        raise unreadable(path, error) from None
     return None
 
 
@@ -120,9 +136,16 @@ def remove_leftovers(root: Path) -> None:
 
 
 def _delete(root: Path, prefixes: tuple[str, ...]) -> None:
+    failures = []
     for path in list(root.iterdir()):
         if path.name.startswith(prefixes):
-            shutil.rmtree(path)
+            try:
+                # A checkpoint that somebody moved elsewhere and linked is theirs where it lies.
+                path.unlink() if path.is_symlink() else shutil.rmtree(path)
+            except OSError as error:
+                failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def _canonical(table: dict[str, object]) -> bytes:

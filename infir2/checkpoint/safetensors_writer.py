@@ -113,32 +113,6 @@ def write_planned(
     _name_files(folder, files)
 
 
-def write_gathered(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:
-    """The same for tensors that nothing is known of beforehand: one shard is held in memory until it is full."""
-    files: list[SafetensorsFile] = []
-    seen: set[str] = set()
-    pending: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in pending.items()}
-        files.append(SafetensorsFile(folder / _part(len(files)), specs))
-        for name, tensor in pending.items():
-            files[-1].write(name, tensor)
-        files[-1].finish()
-        pending.clear()
-
-    for name, tensor in tensors:
-        if name in seen:
-            raise CheckpointError(f"{name}: given twice")
-        seen.add(name)
-        if pending and sum(value.nbytes for value in pending.values()) + tensor.nbytes > limit:
-            flush()
-        pending[name] = tensor.detach().cpu().clone()  # The caller may go on to change it.
-    if pending or not files:
-        flush()
-    _name_files(folder, files)
-
-
 def _groups(specs: Mapping[str, TensorSpec], limit: int) -> Iterator[dict[str, TensorSpec]]:
     """The specs in their order, cut where ``limit`` would be exceeded; a larger tensor gets a group of its own."""
     group: dict[str, TensorSpec] = {}

@@ -123,7 +123,7 @@ class CheckpointStore:
         """The newest checkpoint whose every file is as it was written; None when there is no checkpoint at all.
 
         Damaged ones are passed over, with a warning and a line in ``problems``. Raises CheckpointError if there are
-        checkpoints but none is intact.
+        checkpoints but none is intact, or if one cannot be read: nothing is wrong with it, so none is taken instead.
         """
         self._join()
         self.problems = []
@@ -198,7 +198,7 @@ class CheckpointStore:
                 _log.info("%s exists and is intact: not written again", final)
                 return
             if not self._clean:  # Not before the first save: who only reads must not touch another process's folder.
-                self._ranks.lead(lambda: manifest.remove_leftovers(self.root))
+                self._ranks.lead(lambda: self._tidy(lambda: manifest.remove_leftovers(self.root)))
                 self._clean = True
             self._ranks.lead(lambda: _make_empty(temporary))
             # One thread: with more, DCP loses the errors of all but one of them.
@@ -242,10 +242,18 @@ class CheckpointStore:
 
     def _retire(self, saved: Path) -> None:
         """Delete what retention does not keep. ``saved`` has just been written, so an intact one always remains."""
-        try:
+
+        def work() -> None:
             for path in self._surplus(saved) if self.keep else []:
                 manifest.to_trash(path)
             manifest.empty_trash(self.root)
+
+        self._tidy(work)
+
+    def _tidy(self, work: Callable[[], None]) -> None:
+        """Do ``work``, which only makes room: where it fails, checkpoints are saved all the same."""
+        try:
+            work()
         except OSError as error:
             _log.warning("%s: an old checkpoint could not be deleted: %s", self.root, reason(error))
 
@@ -282,10 +290,15 @@ class CheckpointStore:
             raise CheckpointError(f"{problems[0]}{more}")
 
     def _problems_of(self, path: Path) -> list[str]:
-        """Check every file of a checkpoint against its manifest; the ranks share the work and agree on the answer."""
+        """Check every file of a checkpoint against its manifest; the ranks share the work and agree on the answer.
+
+        Raises manifest.Unreadable where there is none.
+        """
         before = self._ranks.lead(lambda: _fingerprint(path))
         try:
             entries = self._ranks.lead(lambda: manifest.read(path))
+        except manifest.Unreadable:
+            raise
         except CheckpointError as error:
             return [str(error)]
         missing = [f"{path / name}: not listed in the manifest" for name in (META, safe_reader.METADATA)]

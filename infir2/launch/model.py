@@ -16,6 +16,7 @@ from infir2.errors import CheckpointError, ConfigError
 from infir2.fp8.convert import SwapReport, convert, keep_outer_layers, refresh_stale, refresh_weights
 from infir2.fp8.recipe import recipe_named
 from infir2.kernels.matmul import unsupported_reason
+from infir2.launch.memory import too_little
 from infir2.model.config import ModelConfig, from_hf
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
@@ -115,8 +116,8 @@ def _allocate(model: CausalLM, device: torch.device) -> None:
     """Give a model on the meta device its memory. Raises ConfigError where there is not enough."""
     try:
         model.to_empty(device=device)
-    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; a CPU's has no name of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:
+        if too_little(error) is None:
             raise
         raise ConfigError(
             f"the model's {model.config.num_parameters():,} parameters do not fit into the memory of this device "

@@ -1,12 +1,14 @@
 """Where training starts from: the run's own newest checkpoint, else that of [init], else the first weights."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infir2.checkpoint.folders import read_meta
+from infir2.checkpoint import manifest
+from infir2.checkpoint.folders import META, read_meta, step_folders
 from infir2.checkpoint.store import CheckpointStore
 from infir2.config import TrainingConfig
 from infir2.errors import CheckpointError
@@ -45,6 +47,55 @@ def restore(
     return dataclasses.replace(start, events=[*damaged, *start.events])
 
 
+def check_newest(
+    config: TrainingConfig, architecture: ModelConfig, data: Callable[[], StageData] | None = None
+) -> None:
+    """``check_resume`` amid long work on the data, by the newest checkpoint of which meta.json is whole."""
+    folders = (path for _, path in step_folders(Path(config.run) / "checkpoints"))
+    found = ((path, meta) for path in folders if (meta := _whole_meta(path)) is not None)
+    for checkpoint, meta in itertools.islice(found, 1):
+        check_resume(config, architecture, checkpoint, meta, data() if data else None)
+
+
+def check_resume(
+    config: TrainingConfig,
+    architecture: ModelConfig,
+    checkpoint: Path,
+    meta: Mapping[str, Any],
+    data: StageData | None,
+) -> list[str]:
+    """What the recipe has changed since ``checkpoint`` of its run; ``data`` None: as far as can be told without them.
+
+    Raises CheckpointError for what keeps the run from going on.
+    """
+    _check_architecture(checkpoint, meta, architecture, "Restore it, or give another run folder with --run")
+    if data is not None and meta["data"]["sha256"] != data.fingerprint["sha256"]:
+        raise CheckpointError(
+            f"{checkpoint}: was made with other data or another order ({data.order_keys} changed); "
+            "restore them, or start a new run with init.checkpoint"
+        )
+    if meta["global_batch"] != config.train.global_batch:
+        raise CheckpointError(
+            f"{checkpoint}: was made with train.global_batch = {meta['global_batch']}, the recipe says "
+            f"{config.train.global_batch}; restore it, or start a new run with init.checkpoint"
+        )
+    steps, files = (data.loop.steps, data.files) if data is not None else (None, {})
+    return changes_on_resume(config, steps, files, meta, checkpoint)
+
+
+def _whole_meta(checkpoint: Path) -> dict[str, Any] | None:
+    """meta.json as it was written; None where it is damaged."""
+    try:
+        entries = manifest.read(checkpoint)
+    except manifest.Unreadable:
+        raise
+    except CheckpointError:
+        return None
+    if META not in entries or manifest.problem_with(checkpoint, META, entries[META]):
+        return None
+    return read_meta(checkpoint)
+
+
 def _resumed(
     config: TrainingConfig,
     store: CheckpointStore,
@@ -55,18 +106,7 @@ def _resumed(
 ) -> Start:
     """From the run's own newest checkpoint."""
     meta = read_meta(newest)  # the tensors are loaded when nothing speaks against it
-    _check_architecture(newest, meta, architecture, "Restore it, or give another run folder with --run")
-    if meta["data"]["sha256"] != data.fingerprint["sha256"]:
-        raise CheckpointError(
-            f"{newest}: was made with other data or another order ({data.order_keys} changed); "
-            "restore them, or start a new run with init.checkpoint"
-        )
-    if meta["global_batch"] != config.train.global_batch:
-        raise CheckpointError(
-            f"{newest}: was made with train.global_batch = {meta['global_batch']}, the recipe says "
-            f"{config.train.global_batch}; restore it, or start a new run with init.checkpoint"
-        )
-    changes = changes_on_resume(config, data.loop.steps, meta, newest)
+    changes = check_resume(config, architecture, newest, meta, data)
     store.load(newest, tensors, cast=("optim",))  # moments: optim.moments may have changed
     changed = [("recipe_changed", {"change": change}) for change in changes]
     return Start(TrainState(**meta["progress"]), meta["data_offset"], [("resume", {"from": str(newest)}), *changed])

@@ -10,14 +10,14 @@ from infir2.train.schedule import learning_rate
 
 # Free: what is written and kept, where things lie, how the work is spread and how much memory it takes. The first
 # weights are free because a resume takes its own; whether the architecture is the same is checked on its own, and so
-# are the data, by what they hold.
+# are the data and other files, by what they hold, and the order of the data, which the seed decides.
 _FREE_SECTIONS = {"run", "log", "parallel", "init", "data", "eval"}
 _FREE = {
     *("model.path", "model.preset", "model.vocab_size", "model.init_std", "fp8.health_every"),
     *("train.save_every", "train.keep_checkpoints", "train.keep_every", "train.async_save"),
     *("train.eval_every", "train.eval_sequences", "train.max_skipped_steps", "train.accept_changes"),
     *("train.micro_batch", "train.activation_checkpointing", "train.compile", "train.cuda_graphs"),
-    "train.deterministic",
+    *("train.deterministic", "train.seed", "reward.file"),
     *("rollout.cache_tokens", "rollout.max_sequences", "rollout.max_batch_tokens", "reward.workers"),
 }
 # Decisive where a KL term holds the policy to the model that the run started from.
@@ -29,11 +29,14 @@ _SCHEDULE = {
 }
 
 
-def changes_on_resume(config: TrainingConfig, steps: int, meta: Mapping[str, Any], checkpoint: Path) -> list[str]:
+def changes_on_resume(
+    config: TrainingConfig, steps: int | None, files: Mapping[str, str], meta: Mapping[str, Any], checkpoint: Path
+) -> list[str]:
     """What the recipe says otherwise than the one that made ``checkpoint``, as "key: old -> new".
 
-    ``steps`` is the length of the run, ``meta`` the checkpoint's. Raises CheckpointError for changes after which the
-    run would no longer be the one that its recipe describes, unless train.accept_changes is set.
+    ``steps`` is the length of the run (None: not known, so the schedule is not looked at), ``files`` the digests of
+    those whose content decides (see StageData), ``meta`` the checkpoint's. Raises CheckpointError for changes after
+    which the run would no longer be the one that its recipe describes, unless train.accept_changes is set.
     """
     old, new = _keys(meta.get("config") or {}), _keys(config.model_dump(mode="json"))
     changed = [key for key in new if key in old and old[key] != new[key]]
@@ -42,9 +45,14 @@ def changes_on_resume(config: TrainingConfig, steps: int, meta: Mapping[str, Any
     decisive = [
         key for key in changed if key in held or (key.partition(".")[0] not in _FREE_SECTIONS and key not in free)
     ]
-    step = _first_other_rate(config, steps, meta)
+    step = _first_other_rate(config, steps, meta) if steps is not None else None
     schedule = [key for key in changed if key in _SCHEDULE] if step else []
     lines = {key: f"{key}: {old[key]} -> {new[key]}" for key in changed}
+    before = meta.get("files") or {}
+    for key in files:
+        if key in before and before[key] != files[key]:
+            lines[key] = f"{key}: {new[key]} (SHA-256 {before[key][:12]} -> {files[key][:12]})"
+            decisive.append(key)
     if (decisive or schedule) and not config.train.accept_changes:
         why = f" (step {step} would have had another learning rate)" if schedule else ""
         raise CheckpointError(

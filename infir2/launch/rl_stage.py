@@ -17,6 +17,7 @@ from infir2.model.attention import document_attention
 from infir2.model.config import ModelConfig
 from infir2.model.transformer import CausalLM
 from infir2.parallel.runtime import World
+from infir2.reward.python_file import digest
 from infir2.reward.score import Scorer
 from infir2.rl.collect import Collector
 from infir2.rl.loop import RlLoop
@@ -58,6 +59,7 @@ class RlStage:
             feed=lambda used: feed,
             fingerprint=order_fingerprint(self.data[0], config.train.seed, config.rollout.prompts),
             order_keys="prompts, labels, tokenizer, chat template, rollout.prompts or seed",
+            files={"reward.file": digest(config.reward.file)} if config.reward.file else {},
             continues=False,
             begin=self._begin,
             evaluate=lambda interrupted: self._loop.evaluate(self._progress.step, interrupted),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -68,15 +69,24 @@ def tokenize(config: SftConfig, chat: ChatTokenizer, show_progress: bool) -> Sft
     return SftRows(train, validation, counts, train.sha256(), validation.sha256())
 
 
-def tokenize_once(config: SftConfig, chat: ChatTokenizer) -> SftRows:
-    """``tokenize`` on rank 0, kept under run/rows for the other ranks and for a resume, and opened on all ranks."""
+def tokenize_once(
+    config: SftConfig, chat: ChatTokenizer, check: Callable[[SftRows | None], None] = lambda rows: None
+) -> SftRows:
+    """``tokenize`` on rank 0, kept under run/rows for the other ranks and for a resume, and opened on all ranks.
+
+    ``check`` raises where the run does not go on: asked without rows before any are tokenised, and with the new ones
+    before they are put in the place of older ones.
+    """
     folder = Path(config.run) / "rows"
     key = _rows_key(config.data, config.train.seed, chat)
 
     def make() -> None:
         kept = _open_rows(folder, key)
         if kept is None or not kept.is_intact():
-            _save_rows(tokenize(config, chat, show_progress=True), folder, key)
+            check(None)
+            rows = tokenize(config, chat, show_progress=True)
+            check(rows)
+            _save_rows(rows, folder, key)
 
     ranks = Ranks(PATIENCE)
     ranks.lead(make)

@@ -24,6 +24,8 @@ class StageData:
     """Decides, by its key ``sha256``, whether a checkpoint was made with the same data in the same order."""
     order_keys: str = "sources, weights, seq_len or seed"
     """What in the recipe decides the fingerprint, for the message about one that changed."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Key of the recipe -> SHA-256 of the file that it names, where what the file says decides the run's course."""
     continues: bool = True
     """Whether a run that starts from another run's checkpoint goes on where that one was in the same data."""
     held_out: Callable[[], Sequence[Batch]] = list

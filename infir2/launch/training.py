@@ -17,6 +17,7 @@ from infir2.checkpoint.store import CheckpointStore
 from infir2.config import TrainingConfig
 from infir2.fp8.convert import SwapReport, refresh_weights
 from infir2.launch.held_folder import writing
+from infir2.launch.memory import telling_what_helps
 from infir2.launch.model import build_model
 from infir2.launch.restore import Start, restore
 from infir2.launch.run_folder import locked, write_run_record
@@ -58,7 +59,7 @@ def run_training(
 ) -> signal.Signals | None:
     """Train one stage, resuming where its run folder says. Returns the signal that ended it early, if any."""
     run, settings = Path(config.run), data.loop
-    with locked(run, world):
+    with locked(run, world), telling_what_helps(config):
         trainee = build_trainee(config, architecture, world)
         keep = (settings.keep_checkpoints, settings.keep_every, settings.async_save)
         with CheckpointStore(run / "checkpoints", *keep) as store:
@@ -78,7 +79,7 @@ def run_training(
                 saver = Saver(store, trainee, metrics, _facts(config, data, start, architecture, tokenizer))
                 stopped = train_stage(config, world, data, trainee, metrics, start, saver)
             if world.is_main and stopped is None:
-                print(_closing_line(run, settings.steps, metrics.newest))
+                print(_closing_line(run, start.progress, metrics.newest))
             return stopped
 
 
@@ -124,6 +125,7 @@ def _facts(
     """What meta.json holds beside the progress: the same over the whole run."""
     return {
         "data": data.fingerprint,
+        "files": dict(data.files),
         "data_offset": start.data_offset,
         "global_batch": data.loop.global_batch,
         "steps": data.loop.steps,
@@ -152,11 +154,17 @@ def _open_metrics(config: TrainingConfig, world: World, start: Start, data: Stag
     return metrics
 
 
-def _closing_line(run: Path, steps: int, values: Mapping[str, float]) -> str:
+def _closing_line(run: Path, progress: TrainState, values: Mapping[str, float]) -> str:
     """How a run ended, and where to look at it."""
     names = {"reward": "reward", "eval_reward": "held-out reward", "loss": "loss", "eval_loss": "held-out loss"}
+    if late := progress.skipped_in_a_row:
+        del names["loss"]  # no number
     shown = [f"{name} {values[key]:.4f}" for key, name in names.items() if key in values]
-    return f"{', '.join([f'done: {steps} steps', *shown])}; infir2 report {run} shows it"
+    line = ", ".join([f"done: {progress.step} steps", *shown])
+    if progress.skipped:
+        end = f", the last {late} among them: the weights are those of step {progress.step - late}" if late else ""
+        line += f"; {progress.skipped} steps were skipped for a non-finite loss or gradient{end}"
+    return f"{line}; infir2 report {run} shows it"
 
 
 @dataclass(frozen=True)
@@ -170,6 +178,7 @@ class Saver:
 
     def save(self, at: TrainState) -> None:
         self.finish()  # the one before is told of, whatever becomes of this one
+        self.metrics.sync()
         self.store.save(at.step, self.trainee.tensors(), {"progress": at.to_json(), **self.facts})
 
     def poll(self) -> None:

@@ -1,6 +1,7 @@
 """The report of a whole chain of stages (`infir2 pipeline`): what each made, evaluations, answers, and all training."""
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -203,6 +204,14 @@ def _read_state(path: Path) -> dict[str, dict[str, Any]]:
     state = _read_json(path)
     if not isinstance(state, dict) or not all(isinstance(facts, dict) for facts in state.values()):
         raise UserError(f"{path}: not a table of stages; `infir2 pipeline` writes another")
+    for name, facts in state.items():
+        try:
+            _word(facts)
+        except ValueError as error:
+            raise UserError(f"{path}: stage {name!r}: command: {error}; mend it") from None
+        seconds = facts.get("seconds", 0.0)
+        if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+            raise UserError(f"{path}: stage {name!r}: seconds: {seconds!r} is no number; mend it")
     return state
 
 

@@ -1,8 +1,4 @@
-"""What is added to the score of an answer: the penalty for overlong responses and the reward for the form. Pure."""
-
-import re
-
-_FORM = re.compile(r"\A\s*(?:<think>)?(?P<thought>.*?)</think>(?P<answer>.*)\Z", re.DOTALL)
+"""What is added to the score of an answer: the penalty for overlong responses. Pure."""
 
 
 def overlong_penalty(length: int, limit: int, buffer: int) -> float:
@@ -18,17 +14,3 @@ def overlong_penalty(length: int, limit: int, buffer: int) -> float:
     if length <= free:
         return 0.0
     return -1.0 if length > limit else (free - length) / buffer
-
-
-def format_reward(response: str, reward: float) -> float:
-    """``reward`` for a response that thinks once and then answers: ``<think>...</think>answer``; else 0.
-
-    The opening tag may be missing (many templates put it into the prompt). A second thought, or nothing before or after
-    the closing tag, earns nothing.
-    """
-    match = _FORM.match(response)
-    if not match or "<think>" in match["thought"]:
-        return 0.0
-    rest = match["answer"]
-    closed_once = "<think>" not in rest and "</think>" not in rest
-    return reward if closed_once and match["thought"].strip() and rest.strip() else 0.0

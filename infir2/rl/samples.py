@@ -1,6 +1,7 @@
 """A few completions of every rollout, for people: samples.jsonl in the run folder, one JSON object a line."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ class SampleLog:
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(line + "\n" for line in lines))
+                file.flush()
+                os.fsync(file.fileno())  # before the checkpoint that follows
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
 
@@ -52,12 +55,15 @@ def read_samples(run: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     samples: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+    *lines, torn = path.read_bytes().split(b"\n")
+    for line in lines:
         try:
             sample = json.loads(line)
         except ValueError:
             sample = None
         if not isinstance(sample, dict) or not sample.keys() >= _KEYS:
+            if len(samples) == len(lines) - 1 and not torn:  # a crash of the machine can leave zeros and then a newline
+                break
             raise UserError(f"{path}: line {len(samples) + 1} is no sample in JSON; mend or remove it")
         samples.append(sample)
     return samples

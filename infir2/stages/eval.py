@@ -17,7 +17,6 @@ has a confidence interval and the p-value of a sign-flip permutation test over p
 """
 
 import argparse
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -194,6 +193,7 @@ def _models(
 ) -> list[_Model]:
     """With the rows of the benchmarks, which lie in OUT/NAME from now on."""
     from infir2.evaluate.harness import prepare
+    from infir2.reward.python_file import digest
 
     benchmarks = [task for task in tasks if isinstance(task, Benchmark)]
     files = distinct_names([file_name(task.name) for task in tasks])
@@ -209,7 +209,7 @@ def _models(
             asked = {"task": task.name, **task.sampling.__dict__, "limit": args.limit}
             asked["problems"] = digests.get(task.name)
             if isinstance(task, LocalTask) and task.grader_file is not None:
-                asked["grader"] = hashlib.sha256(Path(task.grader_file).read_bytes()).hexdigest()
+                asked["grader"] = digest(task.grader_file)
             origins[task.name] = Origin(name, file, {"weights": own, **engine}, asked)
         models.append(_Model(text, name, own, staged, origins))
     return models

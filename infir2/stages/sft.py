@@ -16,8 +16,10 @@ from infir2.launch.recipe_arguments import add_recipe_arguments
 if TYPE_CHECKING:
     import signal
 
+    from infir2.data.chat import ChatTokenizer
     from infir2.data.sft import SftLoader
     from infir2.launch.sft_rows import SftRows
+    from infir2.launch.stage_data import StageData
     from infir2.parallel.runtime import World
 
 ACCEPTS_OVERRIDES = True
@@ -65,31 +67,51 @@ def show_plan(config: SftConfig, world: "World") -> None:
 
 def train_sft(config: SftConfig, world: "World") -> "signal.Signals | None":
     """Run or resume supervised fine-tuning. Returns the signal that ended it early, if any."""
-    import torch
-
     from infir2.launch.chat_model import open_model
-    from infir2.launch.run_folder import check_start, keep_tokenizer, locked
+    from infir2.launch.restore import check_newest
+    from infir2.launch.run_folder import check_start, locked
     from infir2.launch.sft_rows import tokenize_once
-    from infir2.launch.stage_data import StageData
     from infir2.launch.training import run_training
-    from infir2.model.attention import document_attention
-    from infir2.train.loop import Feed
 
     check_start(config, world)
     chat, tokenizer, architecture = open_model(config)
     run = Path(config.run)
+
+    def stage_data(rows: "SftRows", loader: "SftLoader") -> "StageData":
+        return _stage_data(config, rows, loader, chat, tokenizer)
+
+    def check(rows: "SftRows | None") -> None:
+        if rows is None:
+            check_newest(config, architecture)
+        else:
+            check_newest(config, architecture, lambda: stage_data(rows, open_loader(config, rows, world)))
+
     with locked(run, world) if run.exists() else nullcontext():  # a run that is going on keeps its rows
-        rows = tokenize_once(config, chat)
+        rows = tokenize_once(config, chat, check)
     loader = open_loader(config, rows, world)
     if world.is_main:
         print("\n".join(_data_lines(config, rows, loader)))
+    data = stage_data(rows, loader)
+    return run_training(config, world, data, architecture, run / "tokenizer")
+
+
+def _stage_data(
+    config: SftConfig, rows: "SftRows", loader: "SftLoader", chat: "ChatTokenizer", tokenizer: Path
+) -> "StageData":
+    import torch
+
+    from infir2.launch.run_folder import keep_tokenizer
+    from infir2.launch.stage_data import StageData
+    from infir2.model.attention import document_attention
+    from infir2.train.loop import Feed
+
     dtype = getattr(torch, config.model.dtype)
     feed = Feed(
         batches=lambda first, last, _: loader.stream(first, last),
         attention_for=lambda batch: document_attention(batch, dtype),
         step_values=lambda step, _: loader.values(step),
     )
-    data = StageData(
+    return StageData(
         loop=config.train.with_steps(loader.steps),
         feed=lambda used: feed,
         held_out=lambda: loader.held_out(rows.validation, config.train.eval_sequences),
@@ -99,7 +121,6 @@ def train_sft(config: SftConfig, world: "World") -> "signal.Signals | None":
         summary=_data_event(rows, loader),
         write=lambda run: keep_tokenizer(tokenizer, run, chat.template),
     )
-    return run_training(config, world, data, architecture, run / "tokenizer")
 
 
 def open_loader(config: SftConfig, data: "SftRows", world: "World") -> "SftLoader":

@@ -111,8 +111,8 @@ def train(
 
     SIGTERM, SIGINT and SIGHUP are obeyed between two micro-batches (but see ``Feed.together``): the step that was begun
     is dropped, the last finished one is saved and the call returns. Raises TrainingStopped after ``max_skipped_steps``
-    skipped steps in a row or where every step was skipped, and on all ranks what a background save or the metrics of
-    one of them raise.
+    skipped steps in a row or where more than half of the steps were skipped at the end, and on all ranks what a
+    background save or the metrics of one of them raise.
     """
     config, saved = settings.train, progress.step
     log = _StepLog(metrics, feed, settings, world)
@@ -177,12 +177,12 @@ def _evaluate(callbacks: Callbacks, step: int, last: bool, interrupt: Interrupt,
 
 
 def _check_skips(progress: TrainState, result: StepResult, limit: int, last: bool) -> None:
-    """Raise TrainingStopped after too many skipped steps in a row, and at the end of a run that skipped them all."""
-    every = progress.skipped == progress.step
-    if progress.skipped_in_a_row < limit and not (last and every):
+    """Raise TrainingStopped after too many skipped steps in a row, be they only most of those of a short run."""
+    mostly = last and 2 * progress.skipped_in_a_row > progress.step
+    if progress.skipped_in_a_row < limit and not mostly:
         return
     cure = "Lower optim.lr or start again from an earlier checkpoint with init.checkpoint"
-    if every:
+    if progress.skipped == progress.step:
         cure = "No step was good, so the weights that training starts from may hold NaN or Inf, or not fit the data"
     raise TrainingStopped(
         f"step {progress.step}: {progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient "

@@ -111,6 +111,12 @@ class MetricsWriter:
         if self._live:
             self._live.activity(text)
 
+    def sync(self) -> None:
+        """Make the lines so far durable: a checkpoint that is there after a crash of the machine has its metrics."""
+        if self._file is not None:
+            with _worded(self.path):
+                os.fsync(self._file)
+
     def close(self) -> None:
         """Flush and close everything. A second call does nothing; the writer cannot be used afterwards."""
         if self._live:

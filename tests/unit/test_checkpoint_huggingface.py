@@ -6,14 +6,15 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_folder import write_tensors
 from tensors import assert_same_tensors
 from torch import Tensor, nn
 
-from infir2.checkpoint.huggingface import HfFolder, full_parameters, load_into, read_config, write_folder
+from infir2.checkpoint.huggingface import HfFolder, load_into, read_config, write_folder
+from infir2.checkpoint.safetensors_writer import TensorSpec
 from infir2.errors import CheckpointError, DataError
 
 transformers = pytest.importorskip("transformers")
@@ -37,7 +38,8 @@ def qwen(tied: bool, seed: int = 0) -> Any:
 
 def write(out: Path, model: nn.Module, **options: Any) -> Path:
     config: Any = model.config
-    write_folder(out, {**config.to_dict(), "architectures": ["Qwen2ForCausalLM"]}, full_parameters(model), **options)
+    weights = model.named_parameters()  # tied ones once
+    write_tensors(out, {**config.to_dict(), "architectures": ["Qwen2ForCausalLM"]}, weights, **options)
     return out
 
 
@@ -101,19 +103,9 @@ def test_we_load_what_transformers_writes(tmp_path: Path) -> None:
         assert folder.dtypes["model.norm.weight"] == "F32"
 
 
-def test_bfloat16_is_rounded_to_nearest_even(tmp_path: Path) -> None:
-    codes = np.random.default_rng(0).integers(0, 0x7F800000, 100_000, dtype=np.uint32)
-    codes[:4] = 0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF  # Two ties, just above one, just below one.
-    value = torch.from_numpy(codes.view(np.float32).copy())
-    write_folder(tmp_path / "out", {"model_type": "x"}, [("w", value)])
-    found = HfFolder(tmp_path / "out").tensor("w").view(torch.int16).numpy().view(np.uint16)
-    expected = ((codes + 0x7FFF + (codes >> 16 & 1)) >> 16).astype(np.uint16)
-    assert (found == expected).all()
-
-
-def test_dtype_none_keeps_codes_and_scales(tmp_path: Path) -> None:
+def test_codes_and_scales_are_kept(tmp_path: Path) -> None:
     codes, scale = torch.randn(8, 8).to(torch.float8_e4m3fn), torch.rand(1, 1)
-    write_folder(tmp_path / "out", {"model_type": "x"}, [("w", codes), ("w_scale_inv", scale)], dtype=None)
+    write_tensors(tmp_path / "out", {"model_type": "x"}, [("w", codes), ("w_scale_inv", scale)], dtype=None)
     folder = HfFolder(tmp_path / "out")
     assert folder.dtypes == {"w": "F8_E4M3", "w_scale_inv": "F32"}
     assert torch.equal(folder.tensor("w").view(torch.uint8), codes.view(torch.uint8))
@@ -284,15 +276,22 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
         yield "a", torch.zeros(4)
         raise CheckpointError("no more")
 
-    with pytest.raises(CheckpointError, match="no more"):
-        write_folder(tmp_path / "part", {}, failing(), max_shard_bytes=1)
-    with pytest.raises(CheckpointError, match="a: given twice"):
-        write_folder(tmp_path / "part", {}, [("a", torch.zeros(1)), ("a", torch.zeros(1))])
+    one = ("a", torch.zeros(4))
+    specs = {name: TensorSpec(torch.float32, (4,)) for name in "ab"}
+    for tensors, message in (
+        (failing(), "no more"),
+        ([one, one], "a: given twice"),
+        ([one], r"b: not given \(1 in all\)"),
+        ([one, ("c", one[1])], "c: not expected"),
+        ([one, ("b", torch.zeros(5))], "b: .* was given where .* was announced"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            write_folder(tmp_path / "part", {}, tensors, specs)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"file/out: cannot be written"):
-        write_folder(tmp_path / "file" / "out", {}, [("a", torch.zeros(1))])
+        write_tensors(tmp_path / "file" / "out", {}, [one])
     with pytest.raises(CheckpointError, match="not a plain file name"):
-        write_folder(tmp_path / "part", {}, [("a", torch.zeros(1))], extra_files={"../x": ""})
+        write_tensors(tmp_path / "part", {}, [one], extra_files={"../x": ""})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
 
 

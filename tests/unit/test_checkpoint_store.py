@@ -1,7 +1,11 @@
 """CheckpointStore in one process: round trips, damage, retention, key accounting, failures that must surface."""
 
+import errno
+import io
 import json
+import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -16,6 +20,7 @@ import torch
 from torch import nn
 
 from infir2.checkpoint import manifest
+from infir2.checkpoint.folders import peek_meta
 from infir2.checkpoint.state import model_state, optimizer_state
 from infir2.checkpoint.store import CheckpointStore
 from infir2.errors import CheckpointError
@@ -177,6 +182,42 @@ def test_50_truncated_or_missing_files_are_found(tmp_path: Path) -> None:
     assert store.latest() == root / "step-000002"
 
 
+@pytest.mark.parametrize("name", ["MANIFEST.json", "meta.json", "__0_0.distcp"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_what_cannot_be_read_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    """Neither passed over for an older one nor replaced: it may be the network's or the administrator's fault."""
+    store = save_steps(tmp_path, 1, 2)
+    closed, before = tmp_path / "step-000002" / name, names(tmp_path / "step-000002")
+    with monkeypatch.context() as patch:
+        for module, function in ((os, "open"), (io, "open")):
+            patch.setattr(module, function, refusing(closed, number, getattr(module, function)))
+        for act in (
+            store.latest,
+            lambda: store.find(str(tmp_path)),
+            lambda: store.find(str(tmp_path / "step-000002")),
+        ):
+            with pytest.raises(CheckpointError, match=re.escape(f"{closed}: cannot be read: {os.strerror(number)}")):
+                act()
+        if name == "meta.json":
+            with pytest.raises(CheckpointError, match="cannot be read"):
+                peek_meta(tmp_path)
+        with pytest.raises(CheckpointError, match=re.escape(f"{os.strerror(number)} ({closed})")):
+            CheckpointStore(tmp_path, async_save=False).save(2, everything(*trained(9)), {})
+    assert store.latest() == tmp_path / "step-000002"
+    assert (store.problems, names(tmp_path / "step-000002")) == ([], before)
+
+
+def refusing(closed: Path, number: int, true: Callable[..., Any]) -> Callable[..., Any]:
+    def opened(path: Any, *args: Any, **more: Any) -> Any:
+        if path == closed:
+            raise OSError(number, os.strerror(number), str(path))
+        return true(path, *args, **more)
+
+    return opened
+
+
 def test_no_intact_checkpoint_is_an_error_and_none_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert CheckpointStore(tmp_path / "absent").latest() is None
     store = save_steps(tmp_path, 1, 2)
@@ -233,6 +274,41 @@ def test_saving_a_step_again(tmp_path: Path) -> None:
     loaded = {"w": torch.zeros(1)}
     store.load(tmp_path / "step-000002", loaded)
     assert loaded["w"] == 1
+
+
+def test_a_checkpoint_moved_to_another_disk_and_linked(tmp_path: Path) -> None:
+    """Retention takes the link away and nothing else; what is left of it keeps no later save from being made."""
+    root = tmp_path / "checkpoints"
+    save_steps(root, 1, 2)
+    (root / "step-000001").rename(tmp_path / "moved")
+    (root / "step-000001").symlink_to(tmp_path / "moved")
+    before = names(tmp_path / "moved")
+    assert CheckpointStore(root).find(str(root / "step-000001")) == root / "step-000001"
+    save_steps(root, 3, 4, keep=2)
+    assert names(root) == ["step-000003", "step-000004"]
+    assert names(tmp_path / "moved") == before
+    (root / ".trash-step-000002-0a1b2c3d").symlink_to(tmp_path / "moved")  # a kill came between the two steps
+    save_steps(root, 5, keep=2)
+    assert names(root) == ["step-000004", "step-000005"]
+
+
+def test_leftovers_that_cannot_be_deleted_keep_no_checkpoint_from_being_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file that another machine holds open, say."""
+    true = manifest.shutil.rmtree
+
+    def rmtree(path: Path, **options: Any) -> None:
+        if path.name == ".trash-a":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        true(path, **options)
+
+    for name in (".trash-a", ".trash-b", ".tmp-step-000009"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(manifest.shutil, "rmtree", rmtree)
+    save_steps(tmp_path, 1)
+    assert names(tmp_path) == [".trash-a", "step-000001"]
+    assert f"an old checkpoint could not be deleted: {os.strerror(errno.EBUSY)}" in caplog.text
 
 
 def test_leftovers_are_removed_by_the_first_save(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_broken_folders_are_named(runs: list[Path], tmp_path: Path) -> None:
     write_report([broken], tmp_path / "foreign.html")
     (broken / "config.toml").unlink()
     for line in ("{", "[]", '{"step": 1, "kind": "train"}'):
-        (broken / "samples.jsonl").write_text(f"{line}\n")
+        (broken / "samples.jsonl").write_text(f"{line}\n{line}\n")
         with pytest.raises(UserError, match=r"samples.jsonl: line 1 is no sample in JSON"):
             write_report([broken], out)
     (broken / "samples.jsonl").unlink()

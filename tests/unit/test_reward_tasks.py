@@ -11,7 +11,7 @@ from infir2.errors import ConfigError, DataError
 from infir2.reward.choice import AMBIGUOUS, ChoiceScorer, chosen_letter
 from infir2.reward.dispatch import reward_for
 from infir2.reward.math import MathScorer
-from infir2.reward.shaping import format_reward, overlong_penalty
+from infir2.reward.shaping import overlong_penalty
 from infir2.reward.tasks import ReasoningGymScorer, is_harmless, parse_entry, task_answer
 
 
@@ -218,18 +218,6 @@ def test_overlong_penalty() -> None:
     assert [overlong_penalty(n, 10, 0) for n in (10, 11)] == [0, -1]
     with pytest.raises(ValueError, match="buffer"):
         overlong_penalty(1, 10, 11)
-
-
-@pytest.mark.parametrize(
-    ("response", "reward"),
-    [
-        ("<think>a</think>b", 0.1), ("a</think>b", 0.1), ("<think>a", 0), ("b", 0), ("<think></think>b", 0),
-        ("<think>a</think>", 0), ("<think>a</think>b</think>", 0), ("<think>a<think>b</think>c", 0),
-        ("<think>a</think>b<think>", 0), ("x<think>a</think>b", 0),
-    ],
-)  # fmt: skip
-def test_format_reward(response: str, reward: float) -> None:
-    assert format_reward(response, 0.1) == reward
 
 
 # names ----------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """`infir2 cpt` in this process: run folder, resume, bad input, starting points, options that must not change losses."""
 
 import errno
+import itertools
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -29,6 +31,7 @@ from infir2.launch.model import build_model
 from infir2.launch.run_folder import locked
 from infir2.model.attention import document_attention
 from infir2.stages.cpt import architecture_of
+from infir2.train import step as step_module
 from infir2.train.optimizer import build_optimizer, set_learning_rate
 from infir2.train.step import train_step
 
@@ -82,6 +85,21 @@ def test_the_run_folder(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> N
     told = f"{run}: already finished (8 of 8 steps); infir2 report {run} shows it"
     assert capsys.readouterr().out.splitlines()[-1] == told
     assert {item: item.read_bytes() for item in run.iterdir() if item.is_file()} == before
+
+
+def test_the_last_line_tells_of_skipped_steps(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    true, calls = step_module.cross_entropy_sum, itertools.count()
+    bad = {1, 5, 7}  # two micro-batches a step: in the first, the third and the last step
+    monkeypatch.setattr(
+        step_module, "cross_entropy_sum", lambda *args: true(*args) * (math.inf if next(calls) in bad else 1.0)
+    )
+    path, run = recipe(**{"train.steps": 4, "train.eval_every": 0})
+    assert cpt(path) == 0
+    why = "for a non-finite loss or gradient, the last 2 among them: the weights are those of step 2"
+    told = f"done: 4 steps; 3 steps were skipped {why}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{told}; infir2 report {run} shows it"
 
 
 def test_an_fp8_head_trains_and_changes_held_out_losses_in_no_other_way(recipe: Recipe) -> None:

@@ -13,7 +13,8 @@ import small_rl
 from small_rl import rl
 from small_run import metrics_lines
 
-from infir2.rl import loop
+from infir2.checkpoint import manifest
+from infir2.rl import loop, samples
 from infir2.rl.collect import Collector
 from infir2.rl.samples import read_samples
 from infir2.rollout.engine import Engine
@@ -195,3 +196,54 @@ def test_a_changed_model_folder_is_no_reference(
     assert f"{folder}: not the weights that the KL term of {run} has referred to" in capsys.readouterr().err
     assert rl(path, "--train.steps", "3", "--model.path", str(policy)) == 2
     assert "another recipe: model.path" in capsys.readouterr().err
+
+
+def test_a_changed_grader_is_noticed(rl_recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    grader = tmp_path / "grader.py"
+    grader.write_text("def score(response, label):\n    return float(label in response)\n")
+    settings = {"reward.kind": "python", "reward.file": str(grader), "train.eval_every": 0, "train.save_every": 1}
+    path, run = rl_recipe(**settings)
+    assert rl(path, "--train.steps", "1") == 0
+    moved = grader.rename(tmp_path / "moved.py")
+    again = ("--train.steps", "2", "--reward.file", str(moved))
+    moved.write_text(f"{moved.read_text()}# no more\n")
+    capsys.readouterr()
+    assert rl(path, *again) == 2
+    assert f"was made with another recipe: reward.file: {moved} (SHA-256 " in capsys.readouterr().err
+    moved.write_text(moved.read_text().removesuffix("# no more\n"))
+    assert rl(path, *again) == 0, "the same file in another place"
+    moved.write_text(f"{moved.read_text()}# no more\n")
+    accepted = ("--train.steps", "3", "--reward.file", str(moved), "--train.accept_changes", "true")
+    assert rl(path, *accepted) == 0
+    assert any("SHA-256" in line.get("change", "") for line in metrics_lines(run, "event"))
+    assert rl(path, *accepted[:-2], "--train.steps", "4") == 0, "what was accepted stands in the next checkpoint"
+
+
+def test_a_checkpoint_comes_onto_the_disk_after_its_lines(rl_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that loses its power keeps what was fsynced; a resume does not write lines of earlier steps again."""
+    path, run = rl_recipe(**{"train.steps": 4})
+    names, durable, published = ("metrics.jsonl", "samples.jsonl"), {}, []
+    true_sync, true_publish = os.fsync, manifest.publish
+
+    def fsync(handle: int) -> None:
+        true_sync(handle)
+        durable[Path(os.readlink(f"/proc/self/fd/{handle}"))] = os.fstat(handle).st_size
+
+    def publish(temporary: Path, final: Path) -> None:
+        step = int(final.name.removeprefix("step-"))
+        for name in names:
+            lines = (run / name).read_bytes()[: durable[run / name]].splitlines()
+            published.append((step, name, max(json.loads(line)["step"] for line in lines)))
+        true_publish(temporary, final)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(manifest, "publish", publish)
+    assert rl(path) == 0
+    assert published == [(step, name, step) for step in (2, 4) for name in names]
+
+
+@pytest.mark.parametrize("end", [b'{"step"', bytes(9), bytes(9) + b"\n", b'{"step"\n'])
+def test_what_a_crash_leaves_at_the_end_of_the_completions(tmp_path: Path, end: bytes) -> None:
+    whole = json.dumps(dict.fromkeys(samples._KEYS, 1)).encode() + b"\n"
+    (tmp_path / "samples.jsonl").write_bytes(2 * whole + end)
+    assert len(read_samples(tmp_path)) == 2

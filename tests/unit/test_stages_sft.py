@@ -20,6 +20,7 @@ from infir2.checkpoint.store import CheckpointStore
 from infir2.config import SftConfig, load
 from infir2.data import tokenizer as tok
 from infir2.data.sft import SftLoader
+from infir2.launch import sft_rows
 from infir2.launch.chat_model import open_model
 from infir2.launch.held_folder import held
 from infir2.launch.model import build_model
@@ -198,6 +199,27 @@ def test_changed_rows_are_noticed_and_kept_rows_made_anew(
         assert file.read_bytes() == whole, "made anew"
     write_rows(tmp_path / "rows.jsonl", 21, seed=8)
     assert "other data" in error_of(capsys, path, "--train.epochs", "4")
+
+
+def test_a_refused_recipe_leaves_the_kept_rows(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or the mended recipe would have to tokenise them once more."""
+    path, run = recipe(**{"train.epochs": 1, "train.eval_every": 0})
+    assert sft(path) == 0
+    kept = {file.name: (file.stat().st_ino, file.read_bytes()) for file in (run / "rows").iterdir()}
+    tokenised: list[int] = []
+    true = sft_rows.tokenize_rows
+    monkeypatch.setattr(sft_rows, "tokenize_rows", lambda *args: tokenised.append(1) or true(*args))
+    assert "other data" in error_of(capsys, path, "--data.max_length", "40")
+    assert len(tokenised) == 1, "what they hold is only known then"
+    for words, message in (
+        (("--optim.weight_decay", "0.5"), "another recipe: optim.weight_decay"),
+        (("--train.global_batch", "4"), "train.global_batch = 6"),
+    ):
+        assert message in error_of(capsys, path, "--data.max_length", "40", *words)
+    assert len(tokenised) == 1, "told before"
+    assert {file.name: (file.stat().st_ino, file.read_bytes()) for file in (run / "rows").iterdir()} == kept
 
 
 def jinja(folder: Path) -> Path:

@@ -186,6 +186,24 @@ def test_a_run_that_skips_every_step_fails(tmp_path: Path) -> None:
     assert run.saved == []
 
 
+@pytest.mark.parametrize(("good", "fails"), [(1, True), (2, True), (3, False)])
+def test_a_run_of_which_most_is_skipped_at_the_end_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: int, fails: bool
+) -> None:
+    """Fewer in a row than train.max_skipped_steps, which a short run never reaches."""
+    run = Run(
+        tmp_path, lambda n, model: nan_activation(model, monkeypatch) if n == good + 1 else None, max_skipped_steps=10
+    )
+    if not fails:
+        assert run.go() is None
+        assert (run.saved[-1]["step"], run.progress.skipped_in_a_row) == (6, 6 - good)
+        return
+    with pytest.raises(TrainingStopped, match=f"^step 6: {6 - good} steps in a row .*Lower optim.lr") as stopped:
+        run.go()
+    assert stopped.value.exit_code == 3
+    assert run.saved == []
+
+
 def test_a_failure_is_raised_where_no_process_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk under metrics.jsonl: told at the next meeting of the processes, before another step is done."""
 
