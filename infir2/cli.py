@@ -114,6 +114,15 @@ def _mistyped(name: str, known: Sequence[str]) -> str | None:
     return next((option for option in known if option.startswith(name)), close[0] if close else None)
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written; an option tells its default, unless its text says it in words of its own."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, value = action.help or "", action.default
+        told = isinstance(value, str | int | float) and value is not False and value != argparse.SUPPRESS
+        return f"{text} (default: %(default)s)" if told and action.option_strings and "default" not in text else text
+
+
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP)
@@ -127,7 +136,7 @@ def _dispatch(words: list[str]) -> int:
         raise UsageError(f"{name}: unknown command.{hint}")
     stage = importlib.import_module(f"infir2.stages.{name}")
     parser = Parser(prog=f"infir2 {name}", description=stage.__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.formatter_class = _Help
     stage.add_arguments(parser)
     overrides: list[str] = []
     if getattr(stage, "ACCEPTS_OVERRIDES", False):

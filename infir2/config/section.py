@@ -10,8 +10,6 @@ MOST = 2**31 - 1
 """More than a run has of anything; no product of two such numbers leaves 64 bits."""
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Positive = Annotated[int, Field(gt=0, le=MOST)]
-
-
 Name = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 """Of a file, a folder or what may be one."""
 OptionalName = Annotated[str | None, Field(min_length=1, pattern=r"^[^\x00]*$")]

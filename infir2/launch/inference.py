@@ -51,7 +51,7 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--precision", choices=PRECISIONS, default="auto",
-        help="linear layers: auto (default) = as the run trained or the folder stores them, bf16, or blockwise = FP8",
+        help="linear layers: auto (default) = as the run trained or the folder stores them, bf16, or blockwise = FP8"
     )  # fmt: skip
     group.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="of everything else (default: auto = as trained, else bfloat16)"
@@ -59,27 +59,17 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one that goes with MODEL)")
     group.add_argument(
         "--cache-tokens", type=int, metavar="N",
-        help=f"tokens in the key-value cache (default: what fits into GPU memory; {CPU_CACHE_TOKENS:,} on a CPU)",
+        help=f"tokens in the key-value cache (default: what fits into GPU memory; {CPU_CACHE_TOKENS:,} on a CPU)"
     )  # fmt: skip
     group.add_argument(
         "--cache-dtype", choices=("auto", "fp8"), default="auto", help="of the key-value cache (default: auto)"
     )
-    group.add_argument(
-        "--max-sequences", type=int, default=256, metavar="N", help="samples at once (default: %(default)s)"
-    )
-    group.add_argument(
-        "--max-batch-tokens",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="tokens of a forward pass (default: %(default)s)",
-    )
+    group.add_argument("--max-sequences", type=int, default=256, metavar="N", help="samples at once")
+    group.add_argument("--max-batch-tokens", type=int, default=4096, metavar="N", help="tokens of a forward pass")
     group.add_argument(
         "--max-length", type=int, metavar="N", help="longest prompt plus answer (default: the model's positions)"
     )
-    group.add_argument(
-        "--seed", type=int, default=0, help="of sampling, where a request brings none (default: %(default)s)"
-    )
+    group.add_argument("--seed", type=int, default=0, help="of sampling, where a request brings none")
 
 
 def load_engine(

@@ -31,17 +31,12 @@ WITHOUT_GPU = ("micro", "tiny", "small-150m")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["step", "decode", "gemm", "quantize"])
     parser.add_argument("--model", help=f"preset whose shapes are used (default: {_default('model')})")
-    parser.add_argument("--batch", type=int, default=2, help="sequences (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=2, help="sequences")
     parser.add_argument(
         "--length", type=int, help=f"tokens of a sequence; decode: of a prompt (default: {_default('length')})"
     )
     parser.add_argument("--new", type=int, help=f"decode: tokens made after the prompt (default: {_default('new')})")
-    parser.add_argument(
-        "--cache",
-        choices=["auto", "fp8"],
-        default="auto",
-        help="decode: dtype of keys and values (default: %(default)s)",
-    )
+    parser.add_argument("--cache", choices=["auto", "fp8"], default="auto", help="decode: dtype of keys and values")
     parser.add_argument("--layers", type=int, default=0, help="decoder layers (default: the model's)")
     parser.add_argument(
         "--precisions",
@@ -58,17 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="step: other implementations to measure")
     parser.add_argument("--optimizer", action="store_true", help="step: AdamW as well")
     parser.add_argument(
-        "--checkpointing",
-        choices=["none", "attention", "full"],
-        default="none",
-        help="step: activation checkpointing (default: %(default)s)",
+        "--checkpointing", choices=["none", "attention", "full"], default="none", help="step: activation checkpointing"
     )
     parser.add_argument("--layers-only", action="store_true", help="step: decoder layers without the output head")
     parser.add_argument(
-        "--moments",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="step: how AdamW keeps its moments (default: %(default)s)",
+        "--moments", choices=["float32", "bfloat16"], default="float32", help="step: how AdamW keeps its moments"
     )
     parser.add_argument("--eager", action="store_true", help="step: launch every kernel, instead of CUDA graphs")
     parser.add_argument("--no-compile", action="store_true", help="step: leave layers uncompiled")

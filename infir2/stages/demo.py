@@ -30,11 +30,11 @@ SMALL_GIB = 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="runs/demo", help="folder for everything (default: %(default)s)")
+    parser.add_argument("--out", default="runs/demo", help="folder for everything")
     parser.add_argument(
         "--size", choices=SIZES,
         help="which chain: tiny, made for two CPU cores, or small, made for one GPU (default: small on a Hopper GPU of "
-        f"{SMALL_GIB} GiB or more, because that multiplies FP8 itself; else tiny)",
+        f"{SMALL_GIB} GiB or more, because that multiplies FP8 itself; else tiny)"
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="show the stages, which are finished, and their commands")
     parser.add_argument("--until", metavar="NAME", help="stop after this stage")

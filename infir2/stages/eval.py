@@ -62,9 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--api-url", metavar="URL", help="ask this server, such as http://127.0.0.1:8000/v1")
     add("--api-key", help=f"its key; prefer the variable {KEY_VARIABLE}")
-    add(
-        "--concurrency", type=int, default=64, metavar="N", help="requests at a time to a server (default: %(default)s)"
-    )
+    add("--concurrency", type=int, default=64, metavar="N", help="requests at a time to a server")
     add(
         "--evalscope-python",
         type=Path,

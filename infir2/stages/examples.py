@@ -21,15 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="file to write (.jsonl); an existing one is replaced")
     add("--stage", type=int, choices=(1, 2), default=1, help="1 = easy questions, 2 = harder ones (default: 1)")
-    add("--count", type=int, default=5000, help="examples to write (default: %(default)s)")
-    add("--seed", type=int, default=1, help="another seed, other questions (default: %(default)s)")
-    add("--split", choices=("train", "held_out"), default="train", help="which questions (default: %(default)s)")
-    add(
-        "--form",
-        choices=("messages", "prompts", "text"),
-        default="messages",
-        help="what a line holds (default: %(default)s)",
-    )
+    add("--count", type=int, default=5000, help="examples to write")
+    add("--seed", type=int, default=1, help="another seed, other questions")
+    add("--split", choices=("train", "held_out"), default="train", help="which questions")
+    add("--form", choices=("messages", "prompts", "text"), default="messages", help="what a line holds")
     add("--families", nargs="+", default=(), metavar="NAME", help="kinds of questions (default: all)")
 
 

@@ -26,15 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("inputs", nargs="*", help="files (.txt .jsonl .jsonl.gz .jsonl.zst .parquet) or folders of them")
     add("--out", required=True, help="folder to make; a data set prepared there before is replaced")
     add("--tokenizer", help="Hugging Face tokenizer folder or tokenizer.json (default: train a byte-level BPE)")
-    add("--vocab-size", type=int, default=default.vocab_size, help="size of a trained tokenizer (default: %(default)s)")
+    add("--vocab-size", type=int, default=default.vocab_size, help="size of a trained tokenizer")
     sample = default.tokenizer_sample_bytes
-    add(
-        "--tokenizer-sample-bytes",
-        type=int,
-        default=sample,
-        help="bytes of text a tokenizer is trained on (default: %(default)s)",
-    )
-    add("--text-key", default=default.text_key, help="key of .jsonl, column of .parquet (default: %(default)s)")
+    add("--tokenizer-sample-bytes", type=int, default=sample, help="bytes of text a tokenizer is trained on")
+    add("--text-key", default=default.text_key, help="key of .jsonl, column of .parquet")
     add("--extensions", nargs="+", default=(), metavar="EXT", help="read these like .txt too, such as .py .md")
     add(
         "--exclude",
@@ -47,31 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--validation-fraction",
         type=float,
         default=default.validation_fraction,
-        help="share of the documents that is held out (default: %(default)s)",
+        help="share of the documents that is held out",
     )
-    add(
-        "--shard-tokens",
-        type=int,
-        default=default.shard_tokens,
-        help="about so many tokens in a shard (default: %(default)s)",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=default.seed,
-        help="decides the held-out documents and --shuffle (default: %(default)s)",
-    )
-    add(
-        "--max-bad-rows",
-        default=default.max_bad_rows,
-        help="stop above this many bad rows: 20, or 1%% (default: %(default)s)",
-    )
-    add(
-        "--max-doc-bytes",
-        type=int,
-        default=default.max_doc_bytes,
-        help="documents of more bytes are bad rows (default: %(default)s)",
-    )
+    add("--shard-tokens", type=int, default=default.shard_tokens, help="about so many tokens in a shard")
+    add("--seed", type=int, default=default.seed, help="decides the held-out documents and --shuffle")
+    add("--max-bad-rows", default=default.max_bad_rows, help="stop above this many bad rows: 20, or 1%%")
+    add("--max-doc-bytes", type=int, default=default.max_doc_bytes, help="documents of more bytes are bad rows")
     add("--max-bytes", type=int, help="stop at the document that reaches so many bytes of text (default: read all)")
     add("--workers", type=int, default=0, help="tokeniser threads (default: all cores); the result is the same")
     add("--shuffle", action="store_true", help="write documents in random order (the text must fit in memory)")

@@ -26,13 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="run, checkpoint or Hugging Face folder")
     add("--name", help="what requests call the model (default: the folder's name)")
-    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add(
-        "--port",
-        type=int,
-        default=8000,
-        help="port; 0 takes a free one, which the ready line names (default: %(default)s)",
-    )
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=int, default=8000, help="port; 0 takes a free one, which the ready line names")
     add("--api-key", help=f"other users of this machine can read it there: prefer {KEY_VARIABLE} or --key-file")
     add("--key-file", type=Path, metavar="FILE", help="file with the key; made if it is not there")
     add(
@@ -41,15 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto = the tokenizer's own, else chatml; chatml; or a .jinja file (default: auto)",
     )
     add("--max-tokens", type=int, metavar="N", help="most new tokens of one sample (default: the model's positions)")
-    add("--max-samples", type=int, default=128, metavar="N", help="most samples of one request (default: %(default)s)")
-    add(
-        "--max-pending",
-        type=int,
-        default=2048,
-        metavar="N",
-        help="most unfinished samples; then 429 (default: %(default)s)",
-    )
-    add("--max-body-kib", type=int, default=4096, metavar="N", help="largest request, in KiB (default: %(default)s)")
+    add("--max-samples", type=int, default=128, metavar="N", help="most samples of one request")
+    add("--max-pending", type=int, default=2048, metavar="N", help="most unfinished samples; then 429")
+    add("--max-body-kib", type=int, default=4096, metavar="N", help="largest request, in KiB")
     add(
         "--grace",
         type=float,
