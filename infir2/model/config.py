@@ -19,10 +19,10 @@ ARCHITECTURES: dict[str, ModelType] = {
     "LlamaForCausalLM": "llama",
 }
 
-# What transformers assumes where a config.json is silent.
 _LARGEST_SIZE, _MOST_PARAMETERS = 2**31 - 1, 2**43
 _MOST = {"num_hidden_layers": 1024, "head_dim": 2**16}
 """Above these a config.json is damaged: torch would fail on the way to such a model, or never come to its end."""
+# What transformers assumes where a config.json is silent.
 _DEFAULT_ROPE_THETA = 10_000.0
 _DEFAULT_POSITIONS = {"qwen2": 32_768, "qwen3": 32_768, "llama": 2_048}
 _DEFAULT_BOS = {"qwen2": None, "qwen3": None, "llama": 1}
