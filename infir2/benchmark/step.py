@@ -35,7 +35,7 @@ _FAMILIES = (
     ("norm, rotary, SwiGLU (and quantise)", r"_norm_(quantize_|backward_)?kernel|_swiglu|_silu_mul|_rotate_"),
     ("sampling", r"_sums_kernel|_draw_kernel|_filter_kernel"),
     ("cross-entropy", r"_softmax_gradient|_token_(statistics|gradient)_kernel"),
-    ("gemm fp8", r"nvjet_sm\d+_qq|e4m3|fp8|f8|_parts_kernel"),
+    ("gemm fp8", r"nvjet_sm\d+_q|e4m3|fp8|f8|_parts_kernel"),
     ("gemm bf16", r"gemm|nvjet|cutlass|sm90_xmma|matmul"),
     ("optimiser", r"adam"),
     ("elementwise", r""),

@@ -20,9 +20,9 @@ def environment() -> dict[str, Any]:
     """command, started (UTC), commit, device, versions of what computes and of peers that may be measured."""
     on_gpu = torch.cuda.is_available()
     versions = {"infir2": infir2.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    for peer in ("transformers", "torchao"):
+    for package in ("flash-attn-4", "transformers", "torchao"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[peer] = importlib.metadata.version(peer)
+            versions[package] = importlib.metadata.version(package)
     if on_gpu:
         import triton
 

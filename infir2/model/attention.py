@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from infir2.model import flash
 from infir2.types import Batch
 
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 Implementation = Literal["auto", "causal", "varlen", "each", "mask"]
 
-# Measured on Hopper: cuDNN is about twice as fast as the flash kernel that torch prefers by default.
+# Measured on Hopper: cuDNN is about twice as fast as torch's own flash kernel, which torch would take by default.
 _CUDA_ORDER = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -35,8 +36,9 @@ def document_attention(
     """Causal attention in which a token sees only its own document.
 
     ``auto`` takes plain causal attention where every row is one document, else variable-length flash attention on CUDA
-    (bfloat16 or float16), ``each`` on a CPU (one call a document: the work grows with the documents' lengths, not with
-    the batch's), else a boolean mask, which costs length x length memory. Documents end where rows end.
+    (bfloat16 or float16; flash-attn-4's or torch's own), ``each`` on a CPU (one call a document: the work grows with
+    the documents' lengths, not with the batch's), else a boolean mask, which costs length x length memory. Documents
+    end where rows end.
     Raises ValueError for a batch that breaks that, or for an implementation that this batch or device cannot use.
     """
     rows, length = batch.input_ids.shape
@@ -62,6 +64,8 @@ def document_attention(
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
     """Plain causal attention over whole rows (an ``Attend``)."""
+    if flash.takes(q):
+        return flash.whole_rows(q, k, v)
     native = q.device.type == "cpu" or q.dtype in _HALF  # else only the math back end shares keys between heads
     if not native:
         k, v = _repeat(k, q), _repeat(v, q)
@@ -124,10 +128,10 @@ def _varlen_attention(batch: Batch) -> Attend:
     cu_seqlens, longest = batch.cu_seqlens, batch.max_seqlen
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
-        out = kernel(
-            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens, max_q=longest, max_k=longest
-        )
-        return out.view_as(q)
+        flat = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        if flash.takes(q):
+            return flash.packed(*flat, cu_seqlens, longest).view_as(q)
+        return kernel(*flat, cu_seqlens, cu_seqlens, max_q=longest, max_k=longest).view_as(q)
 
     return attend
 
