@@ -5,12 +5,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from small_training import adam, attention_for, batches, build, snapshot
 from torch import Tensor, nn
 
 from infir2.parallel import apply
 from infir2.parallel.apply import sum_gradients
 from infir2.parallel.runtime import World
 from infir2.train.graphs import can_record
+from infir2.train.step import train_step
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SHARDED: Any = object()  # a mesh, as far as it is looked at here
@@ -59,6 +61,24 @@ def test_a_missing_gradient_counts_as_zeros_and_a_frozen_parameter_has_none(sent
     assert torch.equal(missing.grad, torch.zeros(3, 4))
     assert frozen.grad is None
     assert sum(tensor.numel() for tensor in sent) == sum(p.numel() for p in model.parameters()) - 14
+
+
+def test_replicas_with_the_same_data_step_like_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them: a loss over twice as many tokens, and twice its gradient. Powers of two round nothing."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(2))
+    found = []
+    for size in (1, 2):
+        model = build("blockwise", torch.bfloat16)
+        optimizer = adam(model)
+        results = [
+            train_step(model, optimizer, batches(seed), World(0, size, CPU, None), attention_for, clip=0.5)
+            for seed in range(3)
+        ]
+        found.append(([(r.loss, r.grad_norm) for r in results if r], snapshot(model, optimizer)))
+    (ours, one), (theirs, two) = found
+    assert ours == theirs
+    assert len(ours) == 3
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("world", [World(0, 1, CPU, None), World(0, 4, CPU, SHARDED)])
