@@ -123,15 +123,8 @@ def test_resume_with_another_number_of_processes(recipe: Recipe) -> None:
         print(f"whole, {kind}: {max(drift(starts[kind], starts['one'])):.1e}")
         assert max(drift(starts[kind], starts["one"])) < 1e-12
 
-    # From replicas to shards: checkpoint_worker.py.
-    pairs = [
-        ("one", "shards"),
-        ("shards", "one"),
-        ("shards", "replicas"),
-        ("replicas", "one"),
-        ("replicas", "replicas"),
-    ]
-    for before, after in pairs:
+    # Between shards and replicas: checkpoint_worker.py.
+    for before, after in (("one", "shards"), ("shards", "one"), ("replicas", "one"), ("replicas", "replicas")):
         path, run = recipe(name := f"{before}_then_{after}", **settings)
         start = starts[before]
         shutil.copytree(start / "checkpoints/step-000005", run / "checkpoints/step-000005")
