@@ -2,11 +2,13 @@
 GPUs after a SIGKILL.
 
     python bench/scaling.py WORK_FOLDER RESULT.json --gpus 1 4
+    python bench/scaling.py WORK_FOLDER RESULT.json --gpus 1 4 --layouts sharded replicated
     python bench/scaling.py WORK_FOLDER RESULT.json --gpus 1 2 --check      # a tiny model in processes on a CPU
 
 recipes/cpt_1.5b.toml with random weights of Qwen2.5-1.5B's shape, 8,192 tokens a sequence, Python's own library as
-text. For every precision and number of GPUs a few steps of the same global batch; then the first precision is killed on
-the largest number of GPUs after a checkpoint, every process of it, and goes on with --after as many.
+text. For every precision, number of GPUs and layout (sharded by FSDP2, or replicated: the whole model on every GPU) a
+few steps of the same global batch; then the first precision, in each layout, is killed on the largest number of GPUs
+after a checkpoint, every process of it, and goes on with --after as many.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from typing import Any
 from record import RECIPES, Record, override_words, settings_of, train_lines
 
 WARM_UP = 3  # steps that compile, or find memory for the first time
+LAYOUTS = ("sharded", "replicated")
 
 
 def main() -> None:
@@ -32,6 +35,7 @@ def main() -> None:
     parser.add_argument("result", type=Path, metavar="RESULT.json")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 4], help="how many, in turn (1 4)")
     parser.add_argument("--after", type=int, help="GPUs after the kill (the least of --gpus)")
+    parser.add_argument("--layouts", choices=LAYOUTS, nargs="+", default=["sharded"], help="of several GPUs (sharded)")
     parser.add_argument("--precisions", nargs="+", default=["hybrid", "bf16"], help="FP8 recipes (hybrid bf16)")
     parser.add_argument("--sequences", type=int, default=16, help="of a global batch (%(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="of each run (%(default)s)")
@@ -43,12 +47,20 @@ def main() -> None:
     runs = record.values["runs"] = []
     for precision in options.precisions:
         for gpus in options.gpus:
-            with record.phase(f"{precision} on {gpus}"):
-                run = run_to_the_end(options, precision, gpus)
-                runs.append({"precision": precision, "gpus": gpus, **figures(run)})
-    with record.phase("killed and resumed"):
-        record.values["killed"] = killed_and_resumed(options, options.precisions[0], max(options.gpus))
+            for layout in layouts_on(options, gpus):
+                with record.phase(f"{precision} on {gpus}, {layout}"):
+                    run = run_to_the_end(options, precision, gpus, layout)
+                    runs.append({"precision": precision, "gpus": gpus, "layout": layout, **figures(run)})
+    killed, most = record.values.setdefault("killed", []), max(options.gpus)
+    for layout in layouts_on(options, most):
+        with record.phase(f"killed and resumed, {layout}"):
+            killed.append(killed_and_resumed(options, options.precisions[0], most, layout))
     print(json.dumps(record.values, indent=1))
+
+
+def layouts_on(options: argparse.Namespace, gpus: int) -> list[str]:
+    """One GPU has no two ways to hold a model."""
+    return options.layouts if gpus > 1 else ["whole"]
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -58,7 +70,9 @@ def prepare(options: argparse.Namespace) -> None:
     subprocess.run([*infir2, "prepare", sysconfig.get_path("stdlib"), *out, *words], check=True)
 
 
-def command(options: argparse.Namespace, run: Path, precision: str, gpus: int, save_every: int) -> list[str]:
+def command(
+    options: argparse.Namespace, run: Path, precision: str, gpus: int, layout: str, save_every: int
+) -> list[str]:
     preset, vocabulary, length = ("micro", 4096, 128) if options.check else ("qwen2.5-1.5b", 151_936, 8192)
     overrides = {
         "run": run,
@@ -77,14 +91,19 @@ def command(options: argparse.Namespace, run: Path, precision: str, gpus: int, s
         "train.keep_every": 0,
         "train.keep_checkpoints": 1,
         "train.compile": str(not options.check).lower(),
+        "parallel.replicate": gpus if layout == "replicated" else 1,
     }
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), "-m", "--"]
     return [sys.executable, *torchrun, "infir2", "cpt", str(RECIPES / "cpt_1.5b.toml"), *override_words(overrides)]
 
 
-def run_to_the_end(options: argparse.Namespace, precision: str, gpus: int) -> Path:
-    run = options.work / f"{precision}-{gpus}"
-    subprocess.run(command(options, run, precision, gpus, 0), check=True)
+def folder_of(options: argparse.Namespace, precision: str, gpus: int, layout: str) -> Path:
+    return options.work / f"{precision}-{gpus}-{layout}"
+
+
+def run_to_the_end(options: argparse.Namespace, precision: str, gpus: int, layout: str) -> Path:
+    run = folder_of(options, precision, gpus, layout)
+    subprocess.run(command(options, run, precision, gpus, layout, 0), check=True)
     return run
 
 
@@ -99,22 +118,23 @@ def figures(run: Path) -> dict[str, Any]:
     }
 
 
-def killed_and_resumed(options: argparse.Namespace, precision: str, gpus: int) -> dict[str, Any]:
+def killed_and_resumed(options: argparse.Namespace, precision: str, gpus: int, layout: str) -> dict[str, Any]:
     """The losses of a run that lost its first processes, beside those of the run that was left alone."""
-    run, half, after = options.work / "killed", options.steps // 2, options.after or min(options.gpus)
-    print(f"{precision} on {gpus}, to be killed", flush=True)
-    process = subprocess.Popen(command(options, run, precision, gpus, half))
+    run, half, after = options.work / f"killed-{layout}", options.steps // 2, options.after or min(options.gpus)
+    print(f"{precision} on {gpus}, {layout}, to be killed", flush=True)
+    process = subprocess.Popen(command(options, run, precision, gpus, layout, half))
     while process.poll() is None:
         if (run / f"checkpoints/step-{half:06d}").exists() and len(train_lines(run)) > half:
             kill_all(str(run))
         time.sleep(0.02)
     before = [line["step"] for line in train_lines(run)]
     print(f"{precision} on {after}, after the kill", flush=True)
-    subprocess.run(command(options, run, precision, after, half), check=True)
+    subprocess.run(command(options, run, precision, after, layout, half), check=True)
     losses = [line["loss"] for line in train_lines(run)]
-    alone = [line["loss"] for line in train_lines(options.work / f"{precision}-{gpus}")]
+    alone = [line["loss"] for line in train_lines(folder_of(options, precision, gpus, layout))]
     return {
         "gpus": [gpus, after],
+        "layout": layout,
         "exit status": process.returncode,
         "last step before": max(before),
         "losses": losses,

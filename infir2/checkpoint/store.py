@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.tensor import DTensor
 
 from infir2.checkpoint import manifest, safe_reader
 from infir2.checkpoint.cause import reason
@@ -62,12 +63,13 @@ class CheckpointStore:
     def save(self, step: int, tensors: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Save a (nested) state dict of tensors and DTensors, and ``meta`` (JSON), as checkpoint ``step``.
 
-        With async_save the tensors are copied before this returns and written in the background; a failure to write is
-        then raised by the next ``poll``, ``wait``, ``save`` or ``close``. A step that is already there and intact is
-        not written again; a damaged one is replaced. Raises CheckpointError; earlier checkpoints stay as they are.
+        A tensor that is no DTensor is the same on every rank: one of them copies and writes it. With async_save tensors
+        are copied before this returns and written in the background; a failure to write is then raised by the next
+        ``poll``, ``wait``, ``save`` or ``close``. A step that is already there and intact is not written again; a
+        damaged one is replaced. Raises CheckpointError; earlier checkpoints stay as they are.
         """
         self._settle()
-        flat = flatten(tensors)
+        flat = self._own_part(flatten(tensors))
         text = json.dumps({"step": step, **meta}, indent=1)
         if not self.async_save:
             self._write(step, flat, text)
@@ -173,6 +175,14 @@ class CheckpointStore:
         except (Exception, dcp.CheckpointException) as error:
             raise CheckpointError(f"{path}: cannot be loaded: {reason(error)}") from error
         return meta
+
+    def _own_part(self, flat: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this process writes: its shards, and its share of the tensors that every process holds whole."""
+        whole = [name for name, tensor in flat.items() if not isinstance(tensor, DTensor)]
+        whole.sort(key=lambda name: (-flat[name].numel(), name))  # so that all get about as many bytes
+        mine = self._ranks.share(whole)
+        others = set(whole).difference(mine)
+        return {name: tensor for name, tensor in flat.items() if name not in others}
 
     def _join(self) -> None:
         if self._thread is not None:

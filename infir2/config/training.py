@@ -178,8 +178,8 @@ class TrainSection(LoopSection):
     micro_batch: Positive = 1
     """Sequences per forward pass and rank; the rest of the global batch is gradient accumulation."""
     cuda_graphs: bool = False
-    """Run micro-batches as CUDA graphs, so that the GPU does not wait for Python. Same numbers. Used by a single
-    process on a GPU; elsewhere it does nothing."""
+    """Run micro-batches as CUDA graphs, so that the GPU does not wait for Python. Same numbers. Used on a GPU that
+    holds the whole model (one process, or parallel.replicate as many as processes); elsewhere it does nothing."""
 
 
 class EpochTrainSection(LoopSection):
@@ -189,7 +189,8 @@ class EpochTrainSection(LoopSection):
     """Times that every row is seen. The number of steps follows from rows, epochs and global_batch."""
     cuda_graphs: bool = False
     """Fill every micro-batch up to data.max_tokens_per_gpu, so that all have one shape, and run them as a CUDA graph:
-    the GPU does not wait for Python. Used by a single process on a GPU; elsewhere it does nothing."""
+    the GPU does not wait for Python. Used on a GPU that holds the whole model (one process, or parallel.replicate as
+    many as processes); elsewhere it does nothing."""
 
     def with_steps(self, steps: int) -> TrainSection:
         """The same loop, now that the number of steps is known."""
@@ -200,7 +201,9 @@ class ParallelSection(Section):
     """How torchrun's processes are used; one process needs nothing here."""
 
     replicate: Positive = 1
-    """Copies of the sharded model (hybrid sharding); the remaining factor of the world size shards (FSDP2)."""
+    """Copies of the model. As many as there are processes: each holds the whole model, works as a single process does,
+    CUDA graphs included, and gradients are added up once a step. Fewer: the remaining factor shards each copy (FSDP2),
+    which takes less memory."""
     reshard_after_forward: bool = True
     """Free gathered parameters after each layer's forward pass (less memory, one more gather)."""
     gather_dtype: Literal["float32", "bfloat16"] = "float32"

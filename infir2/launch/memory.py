@@ -45,4 +45,6 @@ def _cures(config: TrainingConfig) -> list[str]:
         cures.append(f'set train.activation_checkpointing = "full" ("{now}")')
     if isinstance(config, RlConfig):
         return [*cures, f"lower rollout.cache_tokens ({config.rollout.cache_tokens})"]
+    if (copies := config.parallel.replicate) > 1:
+        return [*cures, f"lower parallel.replicate ({copies})"]
     return [*cures, "train with more processes"]

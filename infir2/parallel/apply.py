@@ -1,7 +1,10 @@
-"""Spread a single-device model over the world, from outside and in one order: compile, checkpointing, FSDP2."""
+"""Spread a single-device model over the world, from outside and in one order: compile, checkpointing, FSDP2.
+
+Where every process holds the whole model, FSDP2 has nothing to do: replicas only add up their gradients.
+"""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +19,8 @@ from infir2.parallel.runtime import World
 
 Checkpointing = Literal["none", "attention", "full"]
 
+_BUCKET = 2**23  # elements, 32 MiB: an all-reduce of so many takes much longer than to start it
+
 
 def parallelize(
     model: nn.Module,
@@ -28,7 +33,8 @@ def parallelize(
     reshard_after_forward: bool = True,
     when_gathered: Callable[[nn.Module], object] | None = None,
 ) -> None:
-    """Apply compilation and activation checkpointing to every decoder layer, then shard (in place).
+    """Apply compilation and activation checkpointing to every decoder layer, then shard over the world's mesh, if it
+    has one (in place).
 
     Checkpointing keeps a layer's input alone and computes the layer again in the backward pass; ``attention`` does so
     with what comes before and after attention, whose inputs and output are kept: of long sequences it is the part that
@@ -89,9 +95,45 @@ def _call(function: Callable[[nn.Module], object], layer: nn.Module, inputs: obj
 
 
 def set_gradient_sync(model: nn.Module, sync: bool) -> None:
-    """Reduce gradients over the world after the next backward pass, or keep accumulating them locally."""
+    """Have FSDP2 reduce gradients after the next backward pass, or keep accumulating them locally."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(sync)
+
+
+@torch.no_grad()
+def sum_gradients(model: nn.Module, world: World) -> None:
+    """Add up the gradients of replicas, in place: afterwards all of them hold the same bits. Collective.
+
+    Nothing is done in a single process, nor where FSDP2 has reduced them. A gradient that one process lacks counts as
+    zeros. Large ones are sent as they lie in memory, small ones together, so no second copy of all of them is made.
+    """
+    if world.size == 1 or world.mesh is not None:
+        return
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for bucket in _buckets(p.grad for p in parameters if p.grad is not None):
+        if len(bucket) == 1:
+            world.all_sum(bucket[0])
+            continue
+        parts = world.all_sum(torch.cat([gradient.flatten() for gradient in bucket])).split([g.numel() for g in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Those of at least a bucket's elements alone, the others in order, until they fill one."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.numel() >= _BUCKET:
+            yield [tensor]
+            continue
+        bucket.append(tensor)
+        if sum(each.numel() for each in bucket) >= _BUCKET:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
 
 
 @torch.no_grad()

@@ -25,12 +25,15 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh | None
-    """None in a single process; else 1-D (shard) or 2-D (replicate, shard)."""
+    """What FSDP2 shards the model over: 1-D (shard) or 2-D (replicate, shard). None where every process holds the whole
+    model: a single process, or replicas."""
 
     @property
     def replicas(self) -> int:
-        """Processes that hold the same shard: the copies of the sharded model."""
-        return self.mesh.size(0) if self.mesh is not None and self.mesh.ndim == 2 else 1
+        """Processes that hold the same part of the model: its copies."""
+        if self.mesh is None:
+            return self.size
+        return self.mesh.size(0) if self.mesh.ndim == 2 else 1
 
     @property
     def is_main(self) -> bool:
@@ -58,14 +61,17 @@ def world(replicate: int = 1) -> Iterator[World]:
         return
     _join(device)
     try:
-        if replicate == 1:
-            mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-        else:
-            shape = (replicate, size // replicate)
-            mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-        yield World(rank, size, device, mesh)
+        yield World(rank, size, device, _mesh(device, replicate, size // replicate))
     finally:
         dist.destroy_process_group()
+
+
+def _mesh(device: torch.device, replicate: int, shards: int) -> DeviceMesh | None:
+    if shards == 1:
+        return None
+    if replicate == 1:
+        return init_device_mesh(device.type, (shards,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicate, shards), mesh_dim_names=("replicate", "shard"))
 
 
 def _device(local_rank: int) -> torch.device:

@@ -39,7 +39,7 @@ class _Recorded:
 
 
 class Graphs:
-    """Runs work on micro-batches of one model, in one process, on one GPU.
+    """Runs work on micro-batches of one model that lies whole on one GPU.
 
     The first micro-batch of a shape runs eagerly, because what is compiled or chosen at a first call must not be
     recorded; the second is recorded. All graphs share one memory pool, from which an eager micro-batch takes what it
@@ -123,8 +123,9 @@ class Graphs:
 
 
 def can_record(world: World) -> bool:
-    """Whether this process can use graphs: FSDP2's collectives are not for recording."""
-    return world.device.type == "cuda" and world.size == 1
+    """Whether this process can use graphs: it has a GPU and the whole model. FSDP2's collectives are not for recording;
+    replicas add up their gradients behind the last micro-batch."""
+    return world.device.type == "cuda" and world.mesh is None
 
 
 def evened(batch: Batch) -> Batch:

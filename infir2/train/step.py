@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from infir2.kernels.cross_entropy import cross_entropy_sum
-from infir2.parallel.apply import set_gradient_sync
+from infir2.parallel.apply import set_gradient_sync, sum_gradients
 from infir2.parallel.runtime import World
 from infir2.train.graphs import Graphs
 from infir2.types import Batch
@@ -72,8 +72,8 @@ def train_step(
     norm is seen by all ranks alike, because both are sums over all ranks.
 
     ``interrupted`` is asked before every micro-batch and must answer alike on all ranks: on the first true answer the
-    step is dropped and None returned. Weights and optimiser are then those of the step before, ready to be saved; with
-    several ranks the model is good for nothing else, because FSDP2 keeps the dropped gradients.
+    step is dropped and None returned. Weights and optimiser are then those of the step before, ready to be saved; a
+    sharded model is good for nothing else, because FSDP2 keeps the dropped gradients.
 
     ``graphs``: run the micro-batches as CUDA graphs, with the same result.
     """
@@ -91,8 +91,9 @@ def train_step(
         found = work(here, divisor) if graphs is None else graphs.train(work, here, divisor)
         for name, value in found.items():
             totals[name] = totals.get(name, 0.0) + value.double()
+    sum_gradients(model, world)
     square, *sums = world.all_sum(torch.stack([local_gradient_square(model), *totals.values()]))
-    # Every shard of the gradient is held by as many processes as there are replicas.
+    # Every part of the gradient is held by as many processes as there are replicas.
     norm = (square / world.replicas).sqrt().float()
     grad_norm, *values = torch.stack([norm.double(), *(value / max(valid_tokens, 1) for value in sums)]).tolist()
     means = dict(zip(totals, values))

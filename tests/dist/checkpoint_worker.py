@@ -1,4 +1,5 @@
-"""What both ranks of test_checkpoint_reshard.py run under torchrun: load at two ranks what one rank saved, and back."""
+"""What both ranks of test_checkpoint_reshard.py run under torchrun: load at two ranks what one rank saved, and back; as
+shards and as replicas."""
 
 import shutil
 import sys
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from infir2.checkpoint import store as store_module
 from infir2.checkpoint.huggingface import load_into
-from infir2.checkpoint.state import flatten, model_state, optimizer_state
+from infir2.checkpoint.state import cpu_copy, flatten, model_state, optimizer_state
 from infir2.checkpoint.store import CheckpointStore
 from infir2.errors import CheckpointError
 
@@ -107,6 +109,34 @@ def reshard(work: Path) -> None:
     assert same(full(everything(other, fresh)), expected), "2 -> 2"
 
 
+def replicas(work: Path) -> None:
+    """Both ranks hold the whole model: from one process, to shards, and from shards; each tensor is copied once."""
+    model, optimizer = build(2, shard=False)
+    store = CheckpointStore(work / "copies")
+    store.load(work / "one" / "step-000005", everything(model, optimizer))
+    assert same(full(everything(model, optimizer)), load_file(work / "one.safetensors")), "1 -> replicas"
+
+    train(model, optimizer, 2)
+    copied: list[Tensor] = []
+    store_module.cpu_copy = lambda tensor: copied.append(tensor) or cpu_copy(tensor)
+    store.save(7, everything(model, optimizer), {})
+    store_module.cpu_copy = cpu_copy
+    expected = full(everything(model, optimizer))
+    train(model, optimizer, 1)  # Overwrites what is being saved.
+    store.wait()
+    counts: list[int] = [0, 0]
+    dist.all_gather_object(counts, len(copied))
+    assert sum(counts) == len(expected)
+    assert max(counts) - min(counts) <= 1
+    assert {f"__{rank}_0.distcp" for rank in (0, 1)} <= {item.name for item in store.folder(7).iterdir()}
+    sharded, fresh = build(3, shard=True)
+    store.load(store.folder(7), everything(sharded, fresh))
+    assert same(full(everything(sharded, fresh)), expected), "replicas -> shards"
+
+    store.load(work / "two" / "step-000007", everything(model, optimizer))
+    assert same(full(everything(model, optimizer)), load_file(work / "two.safetensors")), "shards -> replicas"
+
+
 def faults(work: Path) -> None:
     model, optimizer = build(4, shard=True)
     root = work / "faults"
@@ -152,7 +182,7 @@ def huggingface(work: Path) -> None:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     folder = Path(sys.argv[1])
-    for part in (reshard, faults, huggingface):
+    for part in (reshard, replicas, faults, huggingface):
         part(folder)
         dist.barrier()
         if dist.get_rank() == 0:

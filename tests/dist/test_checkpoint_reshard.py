@@ -1,4 +1,5 @@
-"""Checkpoints between world sizes 1 and 2 (torchrun, gloo, FSDP2), values bit-equal, AdamW's state included."""
+"""Checkpoints between one process, two shards (torchrun, gloo, FSDP2) and two replicas: values bit-equal, AdamW's state
+included."""
 
 import importlib.util
 import os
@@ -41,7 +42,7 @@ def test_checkpoints_reshard_between_one_and_two_ranks(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
     result = subprocess.run([*command, str(WORKER), str(tmp_path)], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.split() == ["reshard", "ok", "faults", "ok", "huggingface", "ok"]
+    assert result.stdout.split() == ["reshard", "ok", "replicas", "ok", "faults", "ok", "huggingface", "ok"]
 
     other, fresh = toy.build(9, shard=False)
     store = CheckpointStore(tmp_path / "two")

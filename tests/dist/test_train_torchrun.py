@@ -1,4 +1,5 @@
-"""Two torchrun processes (gloo, FSDP2) against one: losses, resharded resume, skips, signals, FP8 codes, mistakes."""
+"""Two torchrun processes (gloo; shards of FSDP2, or replicas) against one: losses, resharded resume, skips, signals,
+FP8 codes, mistakes."""
 
 import json
 import math
@@ -32,16 +33,24 @@ ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {"train.steps": 10, "train.eval_every": 5, "train.save_every": 5, "train.global_batch": 8}
 
 
-def torchrun(*words: str, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+def torchrun(*words: str, processes: int = 2, **options: Any) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        f"{processes}",
+        *words,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
     )
 
 
-def two_processes(*words: str) -> None:
-    process = torchrun(*words)
+def together(*words: str, processes: int = 2) -> None:
+    process = torchrun(*words, processes=processes)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, out + err
 
@@ -58,30 +67,32 @@ def drift(left: Path, right: Path, first_step: int = 1) -> list[float]:
 
 
 FLOAT32 = {"model.dtype": "float32"}
+REPLICAS = {"parallel.replicate": 2}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("settings", "more", "limit"),
+    ("processes", "settings", "more", "limit"),
     [
         # One micro-batch a process: both add the same two gradients, and every bit is the same.
-        (FLOAT32 | {"train.global_batch": 4}, {}, 1e-12),
-        (FLOAT32 | {"train.global_batch": 4, "optim.moments": "bfloat16"}, {}, 1e-12),
-        # Two: the sum of four gradients depends on the order by its last bit. (With FP8 and float32 activations that
+        (2, FLOAT32 | {"train.global_batch": 4}, {}, 1e-12),
+        (2, FLOAT32 | {"train.global_batch": 4, "optim.moments": "bfloat16"}, {}, 1e-12),
+        # More: the sum of four gradients depends on the order by its last bit. (With FP8 and float32 activations that
         # bit moves a code to its neighbour sooner or later, and the losses are some 1e-5 apart.)
-        (FLOAT32 | {"fp8.recipe": "bf16"}, {"parallel.replicate": 2}, 1e-6),
-        ({"model.dtype": "bfloat16"}, {"parallel.gather_dtype": "bfloat16"}, 5e-3),
+        (2, FLOAT32 | {"fp8.recipe": "bf16"}, REPLICAS, 1e-6),
+        (4, FLOAT32 | {"fp8.recipe": "bf16"}, REPLICAS, 1e-6),  # two copies, each of two shards
+        (2, {"model.dtype": "bfloat16"}, {"parallel.gather_dtype": "bfloat16"}, 5e-3),
     ],
 )
-def test_two_processes_train_like_one(
-    recipe: Recipe, settings: dict[str, Any], more: dict[str, Any], limit: float
+def test_several_processes_train_like_one(
+    recipe: Recipe, processes: int, settings: dict[str, Any], more: dict[str, Any], limit: float
 ) -> None:
     alone, expected = recipe("alone", **SETTINGS | settings)
     one_process(alone)
     path, run = recipe("together", **SETTINGS | settings | more)
-    two_processes("-m", "infir2", "cpt", str(path))
+    together("-m", "infir2", "cpt", str(path), processes=processes)
     differences = drift(run, expected)
-    print(f"{settings} {more}: largest relative difference of a loss {max(differences):.1e}")
+    print(f"{processes} {settings} {more}: largest relative difference of a loss {max(differences):.1e}")
     assert len(differences) == 12
     assert max(differences) < limit
     norms = [abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(metrics_lines(run), metrics_lines(expected))]
@@ -92,26 +103,33 @@ def test_two_processes_train_like_one(
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_resume_with_another_number_of_processes(recipe: Recipe) -> None:
-    """bfloat16 and FP8, two micro-batches: two processes against one; 1 -> 2 and 2 -> 1 against the run they continue.
+    """bfloat16 and FP8, two micro-batches: two shards and two replicas against one process; and each of them continued
+    by another, or by its like, against the run that is continued.
 
     (With four, the order of their sum depends on the processes, and on some CPUs its last bit moves an FP8 code.)
     """
     settings = SETTINGS | {"model.dtype": "bfloat16", "train.global_batch": 4}
-    alone, one = recipe("one", **settings)
-    one_process(alone)
-    together, two = recipe("two", **settings)
-    two_processes("-m", "infir2", "cpt", str(together))
-    print(f"whole: {max(drift(two, one)):.1e}")
-    assert max(drift(two, one)) < 1e-12
 
-    for start, name in ((one, "one_then_two"), (two, "two_then_one")):
-        path, run = recipe(name, **settings)
+    def train(kind: str, path: Path) -> None:
+        if kind == "one":
+            one_process(path)
+        else:
+            together("-m", "infir2", "cpt", str(path), "--parallel.replicate", "2" if kind == "replicas" else "1")
+
+    starts = {}
+    for kind in ("one", "shards", "replicas"):
+        path, starts[kind] = recipe(kind, **settings)
+        train(kind, path)
+        print(f"whole, {kind}: {max(drift(starts[kind], starts['one'])):.1e}")
+        assert max(drift(starts[kind], starts["one"])) < 1e-12
+
+    # Between shards and replicas: checkpoint_worker.py.
+    for before, after in (("one", "shards"), ("shards", "one"), ("replicas", "one"), ("replicas", "replicas")):
+        path, run = recipe(name := f"{before}_then_{after}", **settings)
+        start = starts[before]
         shutil.copytree(start / "checkpoints/step-000005", run / "checkpoints/step-000005")
         shutil.copy(start / "metrics.jsonl", run)
-        if start == one:
-            two_processes("-m", "infir2", "cpt", str(path))
-        else:
-            one_process(path)
+        train(after, path)
         assert [line["event"] for line in metrics_lines(run, "event")].count("resume") == 1
         differences = drift(run, start)
         print(f"{name}: first resumed loss {differences[6]:.1e}, largest {max(differences):.1e}")
@@ -121,10 +139,11 @@ def test_resume_with_another_number_of_processes(recipe: Recipe) -> None:
 
 
 @pytest.mark.slow
-def test_a_bad_number_on_one_rank_skips_the_step_on_all(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, REPLICAS | {"optim.moments": "bfloat16"}])
+def test_a_bad_number_on_one_rank_skips_the_step_on_all(recipe: Recipe, tmp_path: Path, more: dict[str, Any]) -> None:
     settings = SETTINGS | {"train.steps": 6, "train.eval_every": 6, "optim.min_lr": 1e-3}
-    path, run = recipe("poisoned", **settings)
-    two_processes(str(Path(__file__).parent / "train_worker.py"), str(path), str(tmp_path))
+    path, run = recipe("poisoned", **settings | more)
+    together(str(Path(__file__).parent / "train_worker.py"), str(path), str(tmp_path))
     notes = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1)]
     for note in notes:
         assert [step["skipped"] for step in note["steps"]] == [False, False, True, False, True, False]
@@ -137,6 +156,11 @@ def test_a_bad_number_on_one_rank_skips_the_step_on_all(recipe: Recipe, tmp_path
         assert not any(note["stale"])
     numbers = [[(step["loss"], step["grad_norm"]) for step in note["steps"] if not step["skipped"]] for note in notes]
     assert numbers[0] == numbers[1]
+    assert [note["sharded"] for note in notes] == [not more] * 2
+    if more:
+        ours, theirs = (note["tensors"] for note in notes)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), "replicas hold the same bits"
+        assert ours["optim.model.norm.weight.exp_avg"].dtype == torch.bfloat16
     assert [line["skipped"] for line in metrics_lines(run)] == [0, 0, 1, 1, 2, 2]
     assert [line["step"] for line in metrics_lines(run, "event") if line["event"] == "skip"] == [3, 5]
 
@@ -182,8 +206,8 @@ def test_sigterm_to_torchrun_saves(recipe: Recipe) -> None:
     assert store.latest() == run / f"checkpoints/step-{last:06d}"
     assert last < 200
     whole, expected = recipe("whole", **settings | {"train.steps": last + 2})
-    two_processes("-m", "infir2", "cpt", str(whole))
-    two_processes("-m", "infir2", "cpt", str(path), "--train.steps", str(last + 2))
+    together("-m", "infir2", "cpt", str(whole))
+    together("-m", "infir2", "cpt", str(path), "--train.steps", str(last + 2))
     assert loss_bits(run) == loss_bits(expected)
 
 

@@ -1,7 +1,8 @@
 """What both ranks of test_train_torchrun.py run: a training run in which one rank meets a number that is not finite.
 
 train_worker.py RECIPE OUT: rank 1 has a NaN activation in step 3, rank 0 a NaN gradient (and a finite loss) in step 5.
-Each rank writes OUT/rank-N.pt: what every step did, how often weights were quantised, and the last FP8 codes.
+Each rank writes OUT/rank-N.pt: what every step did, how often weights were quantised, the last FP8 codes, and what it
+holds of weights and moments.
 """
 
 import sys
@@ -10,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from infir2.checkpoint.state import flatten
 from infir2.config import CptConfig, load
 from infir2.fp8.linear import Fp8Linear
 from infir2.fp8.tensor import Operand
@@ -21,11 +24,15 @@ from infir2.train import loop
 
 steps: list[dict[str, Any]] = []
 quantised = 0
-models: list[nn.Module] = []
+trainees: list[training.Trainee] = []
+
+
+def local(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def local_weights(model: nn.Module) -> list[Tensor]:
-    return [parameter.detach().to_local().clone() for parameter in model.state_dict(keep_vars=True).values()]
+    return [local(parameter) for parameter in model.state_dict(keep_vars=True).values()]
 
 
 def noting_train_step(model: nn.Module, *args: Any, **options: Any) -> Any:
@@ -59,21 +66,25 @@ def poison(rank: int) -> Any:
     return hook
 
 
-def poisoned_build_model(config: Any, architecture: Any, here: Any) -> Any:
-    model, report = true_build_model(config, architecture, here)
-    model.model.layers[1].mlp.register_forward_hook(poison(here.rank))
-    models.append(model)
-    return model, report
+def poisoned_trainee(config: Any, architecture: Any, here: Any) -> Any:
+    trainee = true_build_trainee(config, architecture, here)
+    trainee.model.model.layers[1].mlp.register_forward_hook(poison(here.rank))
+    trainees.append(trainee)
+    return trainee
 
 
-true_train_step, true_quantize, true_build_model = loop.train_step, Operand.quantize, training.build_model
+true_train_step, true_quantize, true_build_trainee = loop.train_step, Operand.quantize, training.build_trainee
 
 if __name__ == "__main__":
-    loop.train_step, training.build_model = noting_train_step, poisoned_build_model
+    loop.train_step, training.build_trainee = noting_train_step, poisoned_trainee
     Operand.quantize = counting_quantize  # type: ignore[method-assign]
-    with world() as here:
-        assert train_cpt(load(CptConfig, Path(sys.argv[1])), here) is None
-    layers = {name: m for name, m in models[0].named_modules() if isinstance(m, Fp8Linear)}
+    config = load(CptConfig, Path(sys.argv[1]))
+    with world(config.parallel.replicate) as here:
+        assert train_cpt(config, here) is None
+    layers = {name: m for name, m in trainees[0].model.named_modules() if isinstance(m, Fp8Linear)}
     codes = {name: layer._operand.codes.view(torch.uint8) for name, layer in layers.items()}
     note = {"steps": steps, "quantised": quantised, "codes": codes, "stale": [m.stale for m in layers.values()]}
+    held = flatten(trainees[0].tensors())
+    note["sharded"] = any(isinstance(tensor, DTensor) for tensor in held.values())
+    note["tensors"] = {name: local(tensor) for name, tensor in held.items()}
     torch.save(note, Path(sys.argv[2]) / f"rank-{here.rank}.pt")

@@ -1,11 +1,12 @@
 """Training with CUDA graphs gives the bits of training without."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from infir2.config import OptimSection
 from infir2.data.packing import Window, pack
@@ -14,6 +15,7 @@ from infir2.fp8.recipe import recipe_named
 from infir2.model.attention import document_attention
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
+from infir2.parallel import apply
 from infir2.parallel.apply import Checkpointing, parallelize
 from infir2.parallel.runtime import World
 from infir2.train.graphs import Graphs
@@ -25,8 +27,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 LENGTH, VOCABULARY, STEPS = 256, 512, 5
 
 
-def world() -> World:
-    return World(0, 1, torch.device("cuda"), None)
+def world(processes: int = 1) -> World:
+    return World(0, processes, torch.device("cuda"), None)
 
 
 def build(recipe: str, checkpointing: Checkpointing, compiled: bool) -> CausalLM:
@@ -55,11 +57,11 @@ def made(seed: int, documents: bool, rows: int = 2) -> list[Batch]:
 
 
 def course(
-    model: CausalLM, graphs: Graphs | None, documents: bool
+    model: CausalLM, graphs: Graphs | None, documents: bool, processes: int = 1
 ) -> tuple[list[StepResult], list[float], dict[str, torch.Tensor]]:
     """Some steps with evaluations and a watched pass between; losses, held-out losses and the weights at the end."""
     optimizer = build_optimizer(model, OptimSection(lr=1e-3))
-    results, held_out = [], []
+    results, held_out, here = [], [], world(processes)
     for number in range(STEPS):
         batches: Sequence[Batch] = made(number, documents)
         if number == 3:  # a step that begins with a shape of its own
@@ -67,32 +69,50 @@ def course(
         if number == 2:
             if graphs is not None:
                 graphs.attach_zeros()
-            trial_pass(model, batches[0], world(), document_attention)
-        result = train_step(model, optimizer, batches, world(), document_attention, 1.0, graphs=graphs)
+            trial_pass(model, batches[0], here, document_attention)
+        result = train_step(model, optimizer, batches, here, document_attention, 1.0, graphs=graphs)
         assert result is not None
         results.append(result)
-        held_out.append(evaluate(model, made(99, documents), world(), document_attention, graphs))
+        held_out.append(evaluate(model, made(99, documents), here, document_attention, graphs))
     return results, held_out, copy.deepcopy(model.state_dict())
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(
     ("recipe", "checkpointing", "compiled"),
     [("bf16", "none", True), ("hybrid", "none", True), ("blockwise", "full", False), ("hybrid", "attention", False)],
 )
 def test_graphs_give_the_same_bits(recipe: str, checkpointing: Checkpointing, compiled: bool, documents: bool) -> None:
-    torch.use_deterministic_algorithms(True)
-    try:
-        plain = course(build(recipe, checkpointing, compiled), None, documents)
-        model = build(recipe, checkpointing, compiled)
-        graphs = Graphs(model)
-        recorded = course(model, graphs, documents)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    plain = course(build(recipe, checkpointing, compiled), None, documents)
+    model = build(recipe, checkpointing, compiled)
+    graphs = Graphs(model)
+    recorded = course(model, graphs, documents)
     kinds = {key[0] for key in graphs._recorded}
     assert kinds == {"begins", "adds", "evaluates"}
     assert [(r.loss, r.grad_norm) for r in recorded[0]] == [(r.loss, r.grad_norm) for r in plain[0]]
     assert recorded[1] == plain[1]
+    assert all(torch.equal(recorded[2][name], plain[2][name]) for name in plain[2])
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_gradients_of_graphs_are_summed_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in one of two replicas that happen to have the same data."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(2))
+    monkeypatch.setattr(apply, "_BUCKET", 2**14)  # some alone, some together
+    plain = course(build("hybrid", "none", False), None, True, processes=2)
+    model = build("hybrid", "none", False)
+    graphs = Graphs(model)
+    recorded = course(model, graphs, True, processes=2)
+    assert {key[0] for key in graphs._recorded} == {"begins", "adds", "evaluates"}
+    assert [(r.loss, r.grad_norm) for r in recorded[0]] == [(r.loss, r.grad_norm) for r in plain[0]]
     assert all(torch.equal(recorded[2][name], plain[2][name]) for name in plain[2])
 
 

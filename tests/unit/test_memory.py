@@ -8,7 +8,7 @@ from small_cpt import Recipe, cpt
 from small_rl import rl
 from small_run import loss_bits
 
-from infir2.config import SftConfig
+from infir2.config import CptConfig, SftConfig, load
 from infir2.errors import UserError
 from infir2.launch.memory import telling_what_helps
 from infir2.train import step as step_module
@@ -82,3 +82,10 @@ def test_the_failure_behind_another_one() -> None:
         capture()
     with pytest.raises(RuntimeError, match="shapes differ"), telling_what_helps(config):
         raise RuntimeError("shapes differ")
+
+
+def test_replicas_are_told_to_share(recipe: Recipe) -> None:
+    path, _ = recipe("copies", **{"parallel.replicate": 4})
+    told = r'"full" \("none"\) or lower parallel.replicate \(4\);'
+    with pytest.raises(UserError, match=told), telling_what_helps(load(CptConfig, path)):
+        raise torch.OutOfMemoryError(WORDS)
