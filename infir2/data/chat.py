@@ -3,7 +3,7 @@
 Where the turns lie comes from the chat template itself. A template with ``{% generation %}`` blocks says so; any other
 is rendered up to and with each assistant message, and the difference is the turn. Templates may rewrite earlier turns
 (Qwen's drop their <think> part): then each turn is trained on in the form in which the model writes it, as a sample of
-its own. Templates run in transformers' sandbox.
+its own. Templates run in transformers' sandbox and have a time limit.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from infir2.data.conversations import Conversation, Message
 from infir2.data.documents import BadRow
+from infir2.data.time_limit import LIMIT_S, TookTooLong, time_limit
 from infir2.data.tokenizer import CHAT_TEMPLATE
 from infir2.errors import DataError
 
@@ -73,7 +74,7 @@ class ChatTokenizer:
         """The training texts of a conversation: one, or several where the template rewrites earlier turns.
 
         Every assistant turn is trained on exactly once. Raises BadRow (bad_template) where the template fails, drops a
-        turn's <think> part or tool calls, or does not show where a turn begins.
+        turn's <think> part or tool calls, or does not show where a turn begins; DataError where it does not end.
         """
         messages = conversation.messages
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -98,7 +99,7 @@ class ChatTokenizer:
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
         """Token ids of the conversation with an assistant turn opened: what a model is asked to continue.
 
-        Raises BadRow (bad_template) where the template refuses the messages.
+        Raises BadRow (bad_template) where the template refuses the messages, DataError where it does not end.
         """
         return self._backend.encode(self._prompt(messages, tools), add_special_tokens=False).ids
 
@@ -156,16 +157,22 @@ class ChatTokenizer:
         from jinja2 import TemplateSyntaxError
 
         try:
-            texts, marked = self._jinja(
-                conversations=[list(messages)],
-                tools=tools,
-                chat_template=self.template,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=add_generation_prompt,
-                **self._names,
-            )
+            with time_limit():
+                texts, marked = self._jinja(
+                    conversations=[list(messages)],
+                    tools=tools,
+                    chat_template=self.template,
+                    return_assistant_tokens_mask=marks,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._names,
+                )
         except TemplateSyntaxError as error:
             raise SyntaxError(str(error)) from None
+        except TookTooLong:
+            raise DataError(
+                f"the chat template has not ended after {LIMIT_S} seconds and may loop for ever; "
+                "set data.chat_template to another"
+            ) from None
         except Exception as error:  # a template can raise whatever its author thought of
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BadRow("bad_template", reason) from None

@@ -88,6 +88,8 @@ def _prompts(request: Sampling, served: ServedModel, limits: ServerLimits) -> li
             return [served.chat.prompt([message.plain() for message in request.messages])]
         except BadRow as error:
             raise ApiError(400, f"messages: the chat template refuses them: {error.detail}", "messages") from None
+        except DataError as error:
+            raise ApiError(400, f"messages: {error}", "messages") from None
     assert isinstance(request, CompletionRequest)
     prompt: Any = request.prompt
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):

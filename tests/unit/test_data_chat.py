@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from infir2.data import named_set
+from infir2.data import named_set, time_limit
 from infir2.data import tokenizer as tok
 from infir2.data.chat import ChatTokenizer, choose_template
 from infir2.data.conversations import Conversation, ConversationSource, conversation_of, shared_rows
@@ -433,6 +433,27 @@ def test_a_template_may_end_turns_with_plain_text(tokenizer: PreTrainedTokenizer
     assert (
         ChatTokenizer(tokenizer, plain + "{% if add_generation_prompt %}assistant: {% endif %}").end_of_turn() is None
     )
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+    ],
+    ids=["loops", "macro"],
+)
+def test_a_template_that_does_not_end_is_stopped(
+    tokenizer: PreTrainedTokenizerBase, endless: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time_limit, "LIMIT_S", 1)
+    with pytest.raises(DataError, match="the chat template has not ended"):
+        ChatTokenizer(tokenizer, endless)
+    chat = ChatTokenizer(tokenizer, "{% if messages[0].content == 'loop' %}" + endless + "{% endif %}fine")
+    with ThreadPoolExecutor(1) as thread:  # as a server does
+        with pytest.raises(DataError, match="the chat template has not ended"):
+            thread.submit(chat.prompt, [{"role": "user", "content": "loop"}]).result()
+        assert thread.submit(chat.prompt, [{"role": "user", "content": "?"}]).result()
 
 
 def test_prompts_are_made_by_many_threads_at_once(tokenizer: PreTrainedTokenizerBase) -> None:

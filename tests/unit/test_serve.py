@@ -18,6 +18,7 @@ from rich.console import Console
 from starlette.websockets import WebSocketDisconnect
 
 from infir2 import cli
+from infir2.data import time_limit
 from infir2.errors import ConfigError
 from infir2.launch.inference import InferenceOptions, load_engine
 from infir2.rollout.engine import Engine
@@ -299,6 +300,22 @@ def test_too_many_prompts_are_refused_before_they_are_tokenised(
     body = {"model": "small", "prompt": ["a"] * 1000, "max_tokens": 1}
     answer = client.post("/v1/completions", json=body, headers=KEY)
     assert (answer.status_code, answer.json()["error"]["param"], tokenised) == (400, "n", [])
+
+
+def test_a_chat_template_that_does_not_end_is_the_request_s_error(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time_limit, "LIMIT_S", 1)
+    template = tmp_path / "chat.jinja"
+    loops = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+    template.write_text("{% if messages[0].content == 'loop' %}" + loops + "{% endif %}{{ messages[0].content }}")
+    served = ServedModel.of(engine, "small", engine.tokenizer, template=str(template))
+    server = Server(EngineThread(engine, 8), served, ServerLimits())
+    with TestClient(make_app(server, "secret"), raise_server_exceptions=False) as client:
+        refused = ask(client, messages=[{"role": "user", "content": "loop"}])
+        assert refused.status_code == 400
+        assert "the chat template has not ended" in refused.json()["error"]["message"]
+        assert ask(client).status_code == 200
 
 
 def test_fields_that_ask_for_nothing_are_no_error() -> None:
