@@ -16,11 +16,11 @@ from infir2.errors import CheckpointError, ConfigError
 from infir2.fp8.convert import SwapReport, convert, keep_outer_layers, refresh_stale, refresh_weights
 from infir2.fp8.recipe import recipe_named
 from infir2.kernels.matmul import unsupported_reason
-from infir2.launch.memory import too_little
 from infir2.model.config import ModelConfig, from_hf
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
 from infir2.parallel.apply import fill, parallelize
+from infir2.parallel.device import too_little_memory
 from infir2.parallel.runtime import World
 
 
@@ -117,7 +117,7 @@ def _allocate(model: CausalLM, device: torch.device) -> None:
     try:
         model.to_empty(device=device)
     except RuntimeError as error:
-        if too_little(error) is None:
+        if too_little_memory(error) is None:
             raise
         raise ConfigError(
             f"the model's {model.config.num_parameters():,} parameters do not fit into the memory of this device "

@@ -73,12 +73,14 @@ def run(args: argparse.Namespace) -> int:
 
     from infir2.benchmark import decode, kernels, step
     from infir2.launch.environment import environment
+    from infir2.parallel.device import enough_memory
 
     choose_size(args, torch.cuda.is_available())
     if args.json:
         check_output(args.json, "--json")
     benches = {"step": step.run, "decode": decode.run, "gemm": kernels.gemm, "quantize": kernels.quantize}
-    rows = benches[args.what](args, _tell)
+    with enough_memory(f"bench {args.what}", _smaller(args)):
+        rows = benches[args.what](args, _tell)
     console = Console()
     for number, keys in enumerate(_tables(rows, console.width)):
         table = Table(title=f"bench {args.what}: {args.model}, {args.batch} x {args.length}" if number == 0 else None)
@@ -114,6 +116,12 @@ def choose_size(args: argparse.Namespace, on_gpu: bool) -> None:
     _tell(
         f"no GPU here: FP8 is emulated; {args.model}, {args.batch} x {args.length} tokens, {args.repeats} repetitions"
     )
+
+
+def _smaller(args: argparse.Namespace) -> str:
+    """What makes a bench need less memory."""
+    lower = [f"--{name} ({value})" for name in ("batch", "length") if (value := getattr(args, name)) > 1]
+    return f"lower {' or '.join(lower)}, or take another --model ({args.model})"
 
 
 def _default(name: str) -> str:

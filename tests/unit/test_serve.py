@@ -117,6 +117,23 @@ def test_a_fault_of_the_engine_is_told_and_leaves_nothing(client: TestClient, en
     assert ask(client, seed=1).json()["choices"] == before
 
 
+def test_too_little_memory_is_told_without_torch_s_words(
+    client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def step() -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.25 GiB. GPU 0 has. Including non-PyTorch")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step", step)
+        failed = ask(client)
+    assert failed.status_code == 500
+    assert failed.json()["error"]["message"] == "the engine failed: it needs more memory than its device has"
+    (record,) = caplog.records
+    assert record.exc_info is None
+    assert "lower --cache-tokens (2048), --max-batch-tokens (4096) or --max-sequences (16) (CUDA out of" in caplog.text
+    assert ask(client).status_code == 200
+
+
 def test_a_fault_while_a_stream_is_written_is_told_in_it(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("no such token")
