@@ -71,7 +71,7 @@ def test_what_the_function_does_wrong_is_told_and_not_scored(grader: Path, tmp_p
 
 def test_the_digest_sees_what_is_imported_from_the_folder_and_nothing_else(tmp_path: Path) -> None:
     files = {
-        "grader.py": "import json, beside, data, broken\n\ndef score(response, label):\n    from package.inner import x\n",
+        "grader.py": "import json, beside, data, broken\ndef score(response, label):\n    from package.inner import x",
         "beside.py": "import deeper",
         "deeper.py": "import grader",
         "package/__init__.py": "from . import inner",
