@@ -216,6 +216,23 @@ def test_a_converted_folder_has_no_moments_to_keep(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_converted_folder_is_no_run_and_no_hugging_face_folder(
+    corpus: Path, start_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dcp = tmp_path / "dcp"
+    convert_model(str(start_model), dcp, "dcp")
+    path = write_recipe(tmp_path / "r.toml", tmp_path / "run", corpus, start_model)
+    before = sorted(dcp.rglob("*"))
+    for words, message in (
+        (("--run", str(dcp)), f"{dcp}: was made by `infir2 convert --to dcp`, for runs to start from; give another"),
+        (("--model.path", str(dcp)), f"model.path: {dcp}: holds a training checkpoint, which init.checkpoint takes"),
+    ):
+        for more in ([], ["--dry-run"]):
+            assert main(["cpt", str(path), *words, *more]) == 2
+            assert capsys.readouterr().err.startswith(f"infir2: error: {message}"), words
+    assert sorted(dcp.rglob("*")) == before
+
+
 def test_an_fp8_folder_to_train_from(
     corpus: Path, start_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
