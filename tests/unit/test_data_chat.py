@@ -210,8 +210,8 @@ def test_which_template(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> N
     assert choose_template(tokenizer, "auto") == own
     assert choose_template(tokenizer, "chatml") == tok.CHAT_TEMPLATE
     assert choose_template(tokenizer, str(file)) == LLAMA
-    with pytest.raises(DataError, match="cannot be read"):
-        choose_template(tokenizer, str(tmp_path / "gone.jinja"))
+    with pytest.raises(DataError, match=r"--option: .*gone.jinja: cannot be read: No such file or directory$"):
+        choose_template(tokenizer, str(tmp_path / "gone.jinja"), "--option")
     with pytest.raises(DataError, match="not a Jinja template"):
         ChatTokenizer(tokenizer, "{% if %}")
     bare = tok.load_tokenizer(tmp_path_without_template(tokenizer, tmp_path))
@@ -330,6 +330,8 @@ def test_names_of_data_sets(
             ConversationSource(missing)
     with pytest.raises(DataError, match=rf"no such file or folder in {tmp_path}\. Did you mean 'stage1.jsonl'\?$"):
         ConversationSource(str(tmp_path / "stage_1.jsonl"))
+    with pytest.raises(DataError, match=r"no such file or folder\. Did you mean 'stage1.jsonl'\?$"):
+        ConversationSource("stage_1.jsonl")
     assert asked == [("some/set", "test"), ("no/network", "train")], "a mistyped path is never looked for elsewhere"
 
 

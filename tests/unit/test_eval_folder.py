@@ -79,12 +79,13 @@ def test_every_mistake_is_told_before_anything_is_asked(
 
 
 def test_bad_command_lines_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    unreachable = "http://127.0.0.1:9/v1/models: no OpenAI-compatible server answers: [Errno "
     for words, message in (
         (["a", "--tasks", "held_out_1", "--paired"], "--paired compares two models, not 1"),
         (["a", "--tasks", "held_out_1", "--limit", "0"], "--limit: 0 is less than 1"),
         (["a", "--tasks", "held_out_1", "--data", str(tmp_path / "no")], f"--data {tmp_path / 'no'}: no such folder"),
         ([str(tmp_path / "gone"), "--tasks", "held_out_1"], f"{tmp_path / 'gone'}: no such folder; a model"),
-        (["m", "--tasks", "held_out_1", "--api-url", "http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1/models: "),
+        (["m", "--tasks", "held_out_1", "--api-url", "http://127.0.0.1:9/v1"], unreachable),
         *(
             (["m", "--tasks", "held_out_1", "--api-url", url], f"--api-url {url}: is not the address of a server")
             for url in ("notaurl", "ftp://a/v1", "http:///v1", "http://a:b/v1", "http://a b/v1", "http://a/\u00fc")

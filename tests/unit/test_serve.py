@@ -331,7 +331,9 @@ def test_a_chat_template_that_does_not_end_is_the_request_s_error(
     with TestClient(make_app(server, "secret"), raise_server_exceptions=False) as client:
         refused = ask(client, messages=[{"role": "user", "content": "loop"}])
         assert refused.status_code == 400
-        assert "the chat template has not ended" in refused.json()["error"]["message"]
+        message = refused.json()["error"]["message"]
+        assert "the chat template has not ended" in message
+        assert "set --chat-template to another" in message
         assert ask(client).status_code == 200
 
 

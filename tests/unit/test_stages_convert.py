@@ -265,6 +265,10 @@ def test_options_that_do_not_belong_together(tmp_path: Path, capsys: pytest.Capt
     ):
         assert message in error_of(capsys, source, out, *words)
         assert not out.exists()
+    file = source / "config.json"
+    assert error_of(capsys, file, out).endswith(
+        f"{file}: is a file; a model is a Hugging Face folder, a run or a checkpoint folder"
+    )
     (out / "sub").mkdir(parents=True)
     for to in ("hf", "fp8", "dcp"):
         assert "out: exists and is not empty" in error_of(capsys, source, out, "--to", to)
