@@ -64,10 +64,8 @@ def open_model_source(text: str, dtype: torch.dtype = torch.bfloat16) -> ModelSo
     """
     path = Path(text).expanduser()
     if not path.is_dir():
-        what = "is a file" if path.exists() else "no such folder"
-        raise CheckpointError(
-            f"{text}: {what}; a model is a Hugging Face folder, a run or a checkpoint folder. {how_to_fetch(text)}"
-        )
+        what, cure = ("is a file", "") if path.exists() else ("no such folder", f". {how_to_fetch(text)}")
+        raise CheckpointError(f"{text}: {what}; a model is a Hugging Face folder, a run or a checkpoint folder{cure}")
     if (path / CONFIG).exists() or any(path.glob("*.safetensors")):
         return _from_folder(path, dtype)
     found = CheckpointStore(path).find(text)

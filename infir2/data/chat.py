@@ -3,7 +3,7 @@
 Where the turns lie comes from the chat template itself. A template with ``{% generation %}`` blocks says so; any other
 is rendered up to and with each assistant message, and the difference is the turn. Templates may rewrite earlier turns
 (Qwen's drop their <think> part): then each turn is trained on in the form in which the model writes it, as a sample of
-its own. Templates run in transformers' sandbox.
+its own. Templates run in transformers' sandbox and have a time limit.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from infir2.data.conversations import Conversation, Message
 from infir2.data.documents import BadRow
+from infir2.data.time_limit import LIMIT_S, TookTooLong, time_limit
 from infir2.data.tokenizer import CHAT_TEMPLATE
 from infir2.errors import DataError
 
@@ -47,12 +48,15 @@ class Sample:
 
 
 class ChatTokenizer:
-    """Applies a chat template and a tokenizer. ``template`` is its Jinja text."""
+    """Applies a chat template and a tokenizer. ``template`` is its Jinja text, ``named_by`` the key or option that it
+    can be changed with."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", template: str, named_by: str = "data.chat_template"
+    ) -> None:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        self.template = template
+        self.template, self._named_by = template, named_by
         self.identity = [hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(), template]
         """Changes when the samples of a conversation may."""
         self._backend = tokenizer.backend_tokenizer
@@ -67,13 +71,13 @@ class ChatTokenizer:
         except BadRow:
             pass  # a template may insist on more than one message
         except SyntaxError as error:
-            raise DataError(f"data.chat_template: not a Jinja template: {error}") from None
+            raise DataError(f"{named_by}: not a Jinja template: {error}") from None
 
     def render(self, conversation: Conversation) -> list[Rendered]:
         """The training texts of a conversation: one, or several where the template rewrites earlier turns.
 
         Every assistant turn is trained on exactly once. Raises BadRow (bad_template) where the template fails, drops a
-        turn's <think> part or tool calls, or does not show where a turn begins.
+        turn's <think> part or tool calls, or does not show where a turn begins; DataError where it does not end.
         """
         messages = conversation.messages
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -98,7 +102,7 @@ class ChatTokenizer:
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
         """Token ids of the conversation with an assistant turn opened: what a model is asked to continue.
 
-        Raises BadRow (bad_template) where the template refuses the messages.
+        Raises BadRow (bad_template) where the template refuses the messages, DataError where it does not end.
         """
         return self._backend.encode(self._prompt(messages, tools), add_special_tokens=False).ids
 
@@ -126,14 +130,14 @@ class ChatTokenizer:
                 raise BadRow(
                     "bad_template",
                     "the template writes an assistant turn otherwise than it asks for one; mark its turns with "
-                    "{% generation %}, or set data.chat_template",
+                    f"{{% generation %}}, or set {self._named_by}",
                 )
             start, end = len(prompt), self._end_of_turn(text, len(prompt))
         if _THINK_END in messages[-1]["content"] and _THINK_END not in text[start:end]:
-            raise BadRow("bad_template", "the template drops the <think> part; set data.chat_template")
+            raise BadRow("bad_template", f"the template drops the <think> part; set {self._named_by}")
         for call in messages[-1].get("tool_calls", ()):
             if call["function"]["name"] not in text[start:end]:
-                raise BadRow("bad_template", "the template drops tool calls; set data.chat_template")
+                raise BadRow("bad_template", f"the template drops tool calls; set {self._named_by}")
         return text, start, end
 
     def _end_of_turn(self, text: str, start: int) -> int:
@@ -156,24 +160,30 @@ class ChatTokenizer:
         from jinja2 import TemplateSyntaxError
 
         try:
-            texts, marked = self._jinja(
-                conversations=[list(messages)],
-                tools=tools,
-                chat_template=self.template,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=add_generation_prompt,
-                **self._names,
-            )
+            with time_limit():
+                texts, marked = self._jinja(
+                    conversations=[list(messages)],
+                    tools=tools,
+                    chat_template=self.template,
+                    return_assistant_tokens_mask=marks,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._names,
+                )
         except TemplateSyntaxError as error:
             raise SyntaxError(str(error)) from None
+        except TookTooLong:
+            raise DataError(
+                f"the chat template has not ended after {LIMIT_S} seconds and may loop for ever; "
+                f"set {self._named_by} to another"
+            ) from None
         except Exception as error:  # a template can raise whatever its author thought of
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BadRow("bad_template", reason) from None
         return texts[0], [(int(start), int(end)) for start, end in marked[0]] if marks else []
 
 
-def choose_template(tokenizer: "PreTrainedTokenizerBase", choice: str) -> str:
-    """The Jinja text that ``data.chat_template`` means: "auto", "chatml" or a file.
+def choose_template(tokenizer: "PreTrainedTokenizerBase", choice: str, named_by: str = "data.chat_template") -> str:
+    """The Jinja text that ``named_by``, a key or an option, means: "auto", "chatml" or a file.
 
     Raises DataError for a file that cannot be read, and for ChatML with a tokenizer that lacks its tokens.
     """
@@ -186,11 +196,12 @@ def choose_template(tokenizer: "PreTrainedTokenizerBase", choice: str) -> str:
         try:
             return Path(choice).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"data.chat_template: {choice}: cannot be read: {error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{named_by}: {choice}: cannot be read: {reason}") from None
     if missing := [token for token in ("<|im_start|>", "<|im_end|>") if token not in tokenizer.get_vocab()]:
         raise DataError(
             f"{tokenizer.name_or_path}: the tokenizer has {'no chat template and ' * (not own)}no token "
-            f"{missing[0]} for ChatML; set data.chat_template to a .jinja file"
+            f"{missing[0]} for ChatML; set {named_by} to a .jinja file"
         )
     return CHAT_TEMPLATE
 

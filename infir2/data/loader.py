@@ -214,11 +214,17 @@ def _check_fit(source: Source, vocab_size: int | None) -> None:
 
 
 def _check_all_differ(sources: Sequence[Source]) -> None:
-    """Refuse the same tokens under two names: their weights would add up unnoticed."""
-    first: dict[str, str] = {}
-    for source in sources:
-        if (earlier := first.setdefault(source.content_hash, source.name)) != source.name:
-            raise DataError(f"data.sources: {source.name}: holds the same tokens as {earlier}. Name one of them.")
+    """Refuse the same tokens under two names: their weights would add up unnoticed, and where `prepare` has split the
+    same text with two seeds, each source would train on what the other holds out."""
+    for number, source in enumerate(sources):
+        for earlier in sources[:number]:
+            # The text is read only where it is almost surely the same.
+            if source.content_hash == earlier.content_hash or (
+                source.size == earlier.size and source.text_hash() == earlier.text_hash()
+            ):
+                raise DataError(
+                    f"data.sources: {source.name}: holds the same tokens as {earlier.name}. Name one of them."
+                )
 
 
 def _check_one_tokenizer(sources: Sequence[Source]) -> None:

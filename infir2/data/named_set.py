@@ -67,7 +67,8 @@ def _near(path: Path) -> str:
     except OSError:
         return ""
     close = difflib.get_close_matches(path.name, names, 1, cutoff=0.75)
-    return f" in {path.parent}. Did you mean {close[0]!r}?" if close else ""
+    where = f" in {path.parent}" if path.parent != Path() else ""
+    return f"{where}. Did you mean {close[0]!r}?" if close else ""
 
 
 def _announce(line: str) -> None:

@@ -2,8 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,10 @@ class TokenStream:
         sizes = [segment.stop - segment.start for segment in self._segments]
         self._offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
         self.num_tokens = int(self._offsets[-1])
+        self._documents = [
+            np.searchsorted(file.document_offsets, (start, stop)).tolist() for file, start, stop in self._segments
+        ]
+        self.num_documents = sum(stop - start for start, stop in self._documents)
 
     def tokens(self, start: int, stop: int) -> NDArray[np.int64]:
         """Ids [start, stop) as int64."""
@@ -44,6 +49,12 @@ class TokenStream:
             low, high = np.searchsorted(file.document_offsets, (first, last))
             found.append(file.document_offsets[low:high] + shift)
         return np.unique(np.concatenate(found))
+
+    def documents(self) -> Iterator[NDArray[np.integer]]:
+        """The ids of every document."""
+        for (file, _, _), (first, last) in zip(self._segments, self._documents):
+            for start, stop in pairwise(file.document_offsets[first : last + 1].tolist()):
+                yield file.tokens(start, stop)
 
     def file_at(self, token: int) -> Path:
         """The .bin file that holds a token, for error messages."""
@@ -75,6 +86,18 @@ class Source:
     """Changes when the tokens change."""
     files: tuple[ShardFile, ...] = ()
     """What the source's own record says of its files; nothing for a Megatron pair."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Documents and tokens of all splits."""
+        streams = self.streams.values()
+        return sum(stream.num_documents for stream in streams), sum(stream.num_tokens for stream in streams)
+
+    def text_hash(self) -> int:
+        """Equal for the same documents, whatever their order and splits. Reads all of them."""
+        documents = (document for stream in self.streams.values() for document in stream.documents())
+        digests = (hashlib.blake2b(ids.astype(np.int64).tobytes(), digest_size=16).digest() for ids in documents)
+        return sum(int.from_bytes(digest, "little") for digest in digests)
 
 
 def open_source(name: str, validation_fraction: float) -> Source:

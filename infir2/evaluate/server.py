@@ -147,4 +147,5 @@ def served_models(url: str, api_key: str) -> list[str] | None:
     except (http.client.HTTPException, OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code in (404, 405, 501):
             return None
-        raise UserError(f"{url}/models: no OpenAI-compatible server answers: {error}") from None
+        reason = getattr(error, "reason", None) or error
+        raise UserError(f"{url}/models: no OpenAI-compatible server answers: {reason}") from None

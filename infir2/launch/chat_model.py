@@ -7,7 +7,7 @@ from infir2.data.chat import ChatTokenizer, choose_template
 from infir2.data.tokenizer import load_tokenizer, vocabulary_size
 from infir2.errors import ConfigError, DataError
 from infir2.launch.data_check import check_same_ids
-from infir2.launch.model import model_config, starting_meta, starting_tokenizer
+from infir2.launch.model import model_config, model_folder, starting_meta, starting_tokenizer
 from infir2.model.config import ModelConfig
 
 
@@ -34,5 +34,5 @@ def _tokenizer_folder(config: SftConfig | RlConfig) -> Path:
         if meta and meta.get("tokenizer") and Path(meta["tokenizer"]).exists():
             return Path(meta["tokenizer"])
     if config.model.path is not None:
-        return Path(config.model.path)
+        return model_folder(config.model.path)
     raise ConfigError("data.tokenizer: required, because the model that training starts from does not bring one")

@@ -77,18 +77,19 @@ def load_engine(
 ) -> tuple["Engine", "PreTrainedTokenizerBase", "ModelSource"]:
     """The engine around the model that ``text`` names, its tokenizer, and where both come from.
 
-    Raises CheckpointError for a model that is not whole, DataError for one without a tokenizer, and ConfigError for
-    options that do not go together.
+    Raises CheckpointError for a model that is not whole, DataError for one without a tokenizer, ConfigError for
+    options that do not go together, and UserError where the device has too little memory.
     """
     from infir2.data.tokenizer import load_tokenizer
-    from infir2.parallel.device import default_device
+    from infir2.parallel.device import default_device, enough_memory
     from infir2.rollout.engine import Engine
     from infir2.rollout.options import EngineOptions
 
     source = _open(text)
     tokenizer = load_tokenizer(_tokenizer_place(text, source, options))
     device = default_device()
-    model, report = load_model(source, options, device, console)
+    with enough_memory(f"{text}: the model", "take a smaller one, or a larger device"):
+        model, report = load_model(source, options, device, console)
     if report.converted:
         console.print(str(report))
     tokens = options.cache_tokens
@@ -100,7 +101,8 @@ def load_engine(
         cache_dtype=options.cache_dtype,  # type: ignore[arg-type]
         seed=options.seed,
     )
-    return Engine(model, tokenizer, engine_options), tokenizer, source
+    with enough_memory("the engine", engine_options.smaller()):
+        return Engine(model, tokenizer, engine_options), tokenizer, source
 
 
 @dataclass(frozen=True)

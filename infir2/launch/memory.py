@@ -1,37 +1,18 @@
-"""What is told where a device has too little memory for a run."""
+"""What makes a training run smaller, told where a device has too little memory for it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
+from contextlib import AbstractContextManager
 
 from infir2.config import CptConfig, RlConfig, SftConfig, TrainingConfig
-from infir2.errors import UserError
+from infir2.parallel.device import enough_memory
 
 
-def too_little(error: BaseException) -> BaseException | None:
-    """The failure to get memory that an error is or follows from."""
-    while not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):  # a CPU's: no class
-        if (cause := error.__cause__ or error.__context__) is None:
-            return None
-        error = cause
-    return error
-
-
-@contextmanager
-def telling_what_helps(config: TrainingConfig) -> Iterator[None]:
+def enough_for_training(config: TrainingConfig) -> AbstractContextManager[None]:
     """Raise UserError, with the keys that make a run smaller, where the block ends for want of memory."""
-    try:
-        yield
-    except RuntimeError as error:
-        if (cause := too_little(error)) is None:
-            raise
-        # Behind these sentences torch gives advice that the keys make needless.
-        told = ". ".join(str(cause).split(". ")[:3]).rstrip(".")
-        raise UserError(
-            f"training needs more memory than this device has: {' or '.join(_cures(config))}; --dry-run estimates what "
-            f"each part takes, and the same command goes on from the last checkpoint ({told})"
-        ) from None
+    return enough_memory(
+        "training",
+        f"{' or '.join(_cures(config))}; --dry-run estimates what each part takes, and the same command goes on from "
+        "the last checkpoint",
+    )
 
 
 def _cures(config: TrainingConfig) -> list[str]:

@@ -1,6 +1,7 @@
 """The model of a recipe: its architecture, FP8 layers, sharding, and the weights that training starts from."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,26 @@ from infir2.errors import CheckpointError, ConfigError
 from infir2.fp8.convert import SwapReport, convert, keep_outer_layers, refresh_stale, refresh_weights
 from infir2.fp8.recipe import recipe_named
 from infir2.kernels.matmul import unsupported_reason
-from infir2.launch.memory import too_little
 from infir2.model.config import ModelConfig, from_hf
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
 from infir2.parallel.apply import fill, parallelize
+from infir2.parallel.device import too_little_memory
 from infir2.parallel.runtime import World
 
 
 def starting_meta(config: TrainingConfig) -> dict[str, Any] | None:
     """meta.json of the checkpoint that training starts from: the run's own newest, else that of [init], else None.
 
-    Raises CheckpointError where init.checkpoint is needed and names none, or none with what is to be kept of it.
+    Raises CheckpointError where init.checkpoint is needed and names none, or none with what is to be kept of it, and
+    for a run folder that no training has made.
     """
     found, named = peek_meta(Path(config.run) / "checkpoints"), config.init.checkpoint
+    if found is not None and "converted" in found:
+        raise CheckpointError(
+            f"{config.run}: was made by `infir2 convert --to dcp`, for runs to start from; give another --run, with "
+            f"--init.checkpoint {config.run} --init.keep_optimizer false"
+        )
     if found is not None or named is None:
         return found
     found = peek_meta(named)
@@ -47,6 +54,17 @@ def starting_tokenizer(config: TrainingConfig) -> Path | None:
     meta = starting_meta(config)
     name = meta.get("tokenizer") if meta else config.model.path
     return Path(name) if name and has_tokenizer(Path(name)) else None
+
+
+def model_folder(path: str) -> Path:
+    """What model.path names. Raises CheckpointError where that is a run or a checkpoint."""
+    folder = Path(path)
+    if os.path.isdir(folder) and not (folder / "config.json").exists() and peek_meta(folder) is not None:
+        raise CheckpointError(
+            f"model.path: {path}: holds a training checkpoint, which init.checkpoint takes; model.path takes a Hugging "
+            f"Face folder: infir2 convert {path} OUT"
+        )
+    return folder
 
 
 def _no_start(named: str) -> CheckpointError:
@@ -67,7 +85,7 @@ def model_config(config: TrainingConfig, vocab_size: int) -> ModelConfig:
     if not section.is_named and (meta := starting_meta(config)):
         return from_hf(meta["architecture"], f"{config.init.checkpoint}: meta.json")
     if section.path is not None:
-        return from_hf(read_config(section.path), f"{section.path}/config.json")
+        return from_hf(read_config(model_folder(section.path)), f"{section.path}/config.json")
     rows = section.vocab_size or -(-vocab_size // 128) * 128
     return dataclasses.replace(preset(section.preset or "", rows), initializer_range=section.init_std)
 
@@ -117,7 +135,7 @@ def _allocate(model: CausalLM, device: torch.device) -> None:
     try:
         model.to_empty(device=device)
     except RuntimeError as error:
-        if too_little(error) is None:
+        if too_little_memory(error) is None:
             raise
         raise ConfigError(
             f"the model's {model.config.num_parameters():,} parameters do not fit into the memory of this device "

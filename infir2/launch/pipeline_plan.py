@@ -21,6 +21,7 @@ from infir2.config import Section, load
 from infir2.durable import replace_file
 from infir2.errors import ConfigError, did_you_mean
 from infir2.launch.held_folder import writing
+from infir2.report.stage_table import STAGE_TABLE, read_stage_table
 
 _PLACE = re.compile(r"\{([A-Za-z0-9_.-]+)\}")
 
@@ -70,23 +71,9 @@ class Plan:
     run: Path
     steps: tuple[Step, ...]
 
-    @property
-    def state_file(self) -> Path:
-        return self.run / "pipeline.json"
-
     def state(self) -> dict[str, dict[str, Any]]:
-        """stage -> what is known of it. Raises ConfigError for a damaged file."""
-        try:
-            state = json.loads(self.state_file.read_text(encoding="utf-8"))
-            if not isinstance(state, dict) or not all(isinstance(facts, dict) for facts in state.values()):
-                raise ValueError("not a table of stages")
-            return state
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{self.state_file}: cannot be read ({error}); delete it to run every stage anew"
-            ) from None
+        """stage -> what is known of it. Raises UserError for a damaged file."""
+        return read_stage_table(self.run)
 
     def note(self, step: Step, **facts: Any) -> None:
         """Write down facts about a stage."""
@@ -94,7 +81,7 @@ class Plan:
         state[step.name] = {**state.get(step.name, {}), **facts}
         with writing(self.run):
             self.run.mkdir(parents=True, exist_ok=True)
-            replace_file(self.state_file, json.dumps(state, indent=1).encode())
+            replace_file(self.run / STAGE_TABLE, json.dumps(state, indent=1).encode())
 
     def is_finished(self, step: Step) -> bool:
         facts = self.state().get(step.name, {})

@@ -17,7 +17,7 @@ from infir2.checkpoint.store import CheckpointStore
 from infir2.config import TrainingConfig
 from infir2.fp8.convert import SwapReport, refresh_weights
 from infir2.launch.held_folder import writing
-from infir2.launch.memory import telling_what_helps
+from infir2.launch.memory import enough_for_training
 from infir2.launch.model import build_model
 from infir2.launch.restore import Start, restore
 from infir2.launch.run_folder import locked, write_run_record
@@ -59,7 +59,7 @@ def run_training(
 ) -> signal.Signals | None:
     """Train one stage, resuming where its run folder says. Returns the signal that ended it early, if any."""
     run, settings = Path(config.run), data.loop
-    with locked(run, world), telling_what_helps(config):
+    with locked(run, world), enough_for_training(config):
         trainee = build_trainee(config, architecture, world)
         keep = (settings.keep_checkpoints, settings.keep_every, settings.async_save)
         with CheckpointStore(run / "checkpoints", *keep) as store:

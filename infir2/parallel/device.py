@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from infir2.errors import UserError
+
 
 def default_device() -> torch.device:
     """A GPU where there is one."""
@@ -33,6 +35,33 @@ def fresh_memory() -> Iterator[None]:
         yield
     finally:
         free_memory()
+
+
+def too_little_memory(error: BaseException) -> BaseException | None:
+    """The failure to get memory that an error is or follows from."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    while not (isinstance(error, kinds) or "can't allocate memory" in str(error)):  # torch's on a CPU: no class
+        if (cause := error.__cause__ or error.__context__) is None:
+            return None
+        error = cause
+    return error
+
+
+def in_short(failure: BaseException) -> str:
+    """What torch says of too little memory: behind these sentences it gives advice that ours makes needless."""
+    text = str(failure).strip() or type(failure).__name__
+    return ". ".join(text.splitlines()[0].split(". ")[:3]).rstrip(".")
+
+
+@contextmanager
+def enough_memory(what: str, cures: str) -> Iterator[None]:
+    """Raise UserError, with what makes ``what`` need less, where the block ends for want of memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if (failure := too_little_memory(error)) is None:
+            raise
+        raise UserError(f"{what} needs more memory than this device has: {cures} ({in_short(failure)})") from None
 
 
 def reset_peak(device: torch.device) -> None:

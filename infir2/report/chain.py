@@ -1,9 +1,7 @@
 """The report of a whole chain of stages (`infir2 pipeline`): what each made, evaluations, answers, and all training."""
 
 import json
-import math
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +10,9 @@ from typing import Any
 from infir2.errors import UserError
 from infir2.report.html import Plot, group_of, write_page
 from infir2.report.runs import Run, read_run
+from infir2.report.stage_table import STAGE_TABLE, command_of, read_stage_table
 from infir2.train.live import duration
 
-STATE_FILE = "pipeline.json"
 KINDS = {
     "prepare": "Text to token shards",
     "examples": "Questions with worked solutions",
@@ -30,7 +28,7 @@ ANSWERS = 4  # questions of a task for which every model's response is shown
 
 
 def is_chain(folder: Path) -> bool:
-    return (folder / STATE_FILE).is_file()
+    return (folder / STAGE_TABLE).is_file()
 
 
 def write_chain_report(folder: Path, out: Path) -> None:
@@ -38,16 +36,16 @@ def write_chain_report(folder: Path, out: Path) -> None:
 
     Raises UserError, naming the file, where something it needs is broken.
     """
-    state = _read_state(folder / STATE_FILE)
+    table = read_stage_table(folder)
     evaluations = [_read_evaluation(path) for path in sorted(folder.glob("*/eval.json"))]
-    runs = _runs(folder, state)
+    runs = _runs(folder, table)
     groups = []
     for kind in TRAINING:
         if members := [run for word, run in runs if word == kind]:
             members.sort(key=lambda run: run.precision != "BF16")  # what the others are compared with comes first
             groups.append((KINDS[kind], _with_own_ids(group_of(members), kind)))
     content = {
-        "stages": [_stage(folder, name, facts, {run.label: run for _, run in runs}) for name, facts in state.items()],
+        "stages": [_stage(folder, name, facts, {run.label: run for _, run in runs}) for name, facts in table.items()],
         "scores": [table for evaluation in evaluations for table in _scores(evaluation)],
         "paired": [line for evaluation in evaluations for line in _paired(evaluation)],
         "answers": [answer for path in sorted(folder.glob("*/eval.json")) for answer in _answers(path.parent)],
@@ -56,10 +54,10 @@ def write_chain_report(folder: Path, out: Path) -> None:
     write_page(out, "chain_report.html", folder.resolve().name, "From text to an evaluated model", content)
 
 
-def _runs(folder: Path, state: dict[str, dict[str, Any]]) -> list[tuple[str, Run]]:
+def _runs(folder: Path, table: dict[str, dict[str, Any]]) -> list[tuple[str, Run]]:
     """(command, run) of every training stage that has made a step."""
     found = []
-    for name, facts in state.items():
+    for name, facts in table.items():
         word = _word(facts)
         if word in TRAINING and (folder / name / "metrics.jsonl").is_file():
             found.append((word, read_run(folder / name, name)))
@@ -67,8 +65,7 @@ def _runs(folder: Path, state: dict[str, dict[str, Any]]) -> list[tuple[str, Run
 
 
 def _word(facts: dict[str, Any]) -> str:
-    words = shlex.split(str(facts.get("command", "")))
-    return words[1] if len(words) > 1 else ""
+    return "".join(command_of(facts)[:1])
 
 
 def _stage(folder: Path, name: str, facts: dict[str, Any], runs: dict[str, Run]) -> dict[str, Any]:
@@ -85,8 +82,8 @@ def _stage(folder: Path, name: str, facts: dict[str, Any], runs: dict[str, Run])
 
 def _place(folder: Path, name: str, facts: dict[str, Any]) -> Path:
     """What a stage writes: its own place, or the file that examples are asked for, perhaps in another's folder."""
-    words = shlex.split(str(facts.get("command", "")))
-    parts = Path(words[2]).parts if _word(facts) == "examples" and len(words) > 2 else ()
+    word, *rest = command_of(facts) or [""]
+    parts = Path(rest[0]).parts if word == "examples" and rest else ()
     if folder.name not in parts:
         return folder / name
     return folder.joinpath(*parts[len(parts) - parts[::-1].index(folder.name) :])
@@ -197,22 +194,6 @@ def _with_own_ids(group: dict[str, Any], name: str) -> dict[str, Any]:
         ]
 
     return {**group, "plots": renamed(group["plots"]), "heat_maps": renamed(group["heat_maps"])}
-
-
-def _read_state(path: Path) -> dict[str, dict[str, Any]]:
-    """stage -> what `infir2 pipeline` knows of it."""
-    state = _read_json(path)
-    if not isinstance(state, dict) or not all(isinstance(facts, dict) for facts in state.values()):
-        raise UserError(f"{path}: not a table of stages; `infir2 pipeline` writes another")
-    for name, facts in state.items():
-        try:
-            _word(facts)
-        except ValueError as error:
-            raise UserError(f"{path}: stage {name!r}: command: {error}; mend it") from None
-        seconds = facts.get("seconds", 0.0)
-        if not isinstance(seconds, int | float) or not math.isfinite(seconds):
-            raise UserError(f"{path}: stage {name!r}: seconds: {seconds!r} is no number; mend it")
-    return state
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:

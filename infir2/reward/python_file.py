@@ -55,8 +55,36 @@ class PythonScorer:
 
 
 def digest(file: str) -> str:
-    """SHA-256 of the file: another one may give other scores."""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    """SHA-256 of the file and of what it imports from its folder: others may give other scores."""
+    path = Path(file)
+    found = hashlib.sha256(path.read_bytes())
+    for beside in sorted(_files_behind(path) - {path}):
+        found.update(f"{beside.relative_to(path.parent)} {hashlib.sha256(beside.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()
+
+
+def _files_behind(path: Path) -> set[Path]:
+    """The file, the modules of its folder that it imports, and those that they import; of a package all files."""
+    found, waiting = set(), [path]
+    while waiting:
+        if (file := waiting.pop()) in found:
+            continue
+        found.add(file)
+        for name in _imported(file):
+            waiting += [path.parent / f"{name}.py"] * (path.parent / f"{name}.py").is_file()
+            waiting += (path.parent / name).rglob("*.py")
+    return found
+
+
+def _imported(file: Path) -> set[str]:
+    """First names of what a file imports anywhere in it; nothing where it is not Python."""
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+    except (SyntaxError, ValueError):
+        return set()
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return {name.partition(".")[0] for name in names}
 
 
 def check_file(file: str) -> None:

@@ -29,6 +29,13 @@ class EngineOptions:
     seed: int = 0
     """Seeds of requests that name none follow from this and the order of arrival."""
 
+    def smaller(self) -> str:
+        """What makes the engine need less memory, by the options of the command line."""
+        return (
+            f"lower --cache-tokens ({self.cache_tokens}), --max-batch-tokens ({self.max_batch_tokens}) or "
+            f"--max-sequences ({self.max_sequences})"
+        )
+
     def __post_init__(self) -> None:
         for name in ("cache_tokens", "block_size", "max_sequences", "max_batch_tokens"):
             if getattr(self, name) < 1:

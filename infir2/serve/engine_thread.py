@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from types import TracebackType
 
+from infir2.parallel.device import in_short, too_little_memory
 from infir2.rollout.engine import Engine
 from infir2.rollout.interface import EngineStats
 from infir2.rollout.records import Request, RequestError, TokenEvent
@@ -214,9 +215,17 @@ class EngineThread:
                 steps[event.request_id].append(event)
             self._tell(self._deliver, dict(steps), engine.stats())
         except Exception as error:  # one bad step must not take down the server: those in it are told, others go on
-            _log.exception("a step of the engine failed")
-            message, waiting = f"the engine failed: {type(error).__name__}: {error}", engine.abort_running()
+            message, waiting = f"the engine failed: {self._logged(error)}", engine.abort_running()
             self._tell(self._fault, message, waiting, engine.stats())
+
+    def _logged(self, error: Exception) -> str:
+        """What the clients are told of a failed step; the log has all of it."""
+        if (failure := too_little_memory(error)) is None:
+            _log.error("a step of the engine failed", exc_info=error)
+            return f"{type(error).__name__}: {error}"
+        told = "it needs more memory than its device has"
+        _log.error("a step of the engine failed: %s: %s (%s)", told, self._engine.options.smaller(), in_short(failure))
+        return told
 
     def _tell(self, what: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 COMPLETION_TOKENS = 16
 """max_tokens of a plain completion that names none, as in OpenAI's API; a chat then may use all there is."""
 
+_OPTION = "--chat-template"
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -50,7 +52,7 @@ class ServedModel:
         """
         chat, problem = None, ""
         try:
-            chat = ChatTokenizer(tokenizer, choose_template(tokenizer, template))
+            chat = ChatTokenizer(tokenizer, choose_template(tokenizer, template, _OPTION), _OPTION)
         except DataError as error:
             if template != "auto":
                 raise
@@ -88,6 +90,8 @@ def _prompts(request: Sampling, served: ServedModel, limits: ServerLimits) -> li
             return [served.chat.prompt([message.plain() for message in request.messages])]
         except BadRow as error:
             raise ApiError(400, f"messages: the chat template refuses them: {error.detail}", "messages") from None
+        except DataError as error:
+            raise ApiError(400, f"messages: {error}", "messages") from None
     assert isinstance(request, CompletionRequest)
     prompt: Any = request.prompt
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infir2.durable import check_output, write_output
-from infir2.errors import ConfigError
+from infir2.errors import ConfigError, did_you_mean
 
 PEERS = ("hf", "torchao:tensorwise", "torchao:rowwise", "torchao:rowwise_with_gw_hp")
 PRECISIONS = ("bf16", "blockwise", "hybrid", "rowwise", "tensorwise")
@@ -29,7 +29,7 @@ WITHOUT_GPU = ("micro", "tiny", "small-150m")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["step", "decode", "gemm", "quantize"])
+    parser.add_argument("what", choices=["step", "decode", "gemm", "quantize"], help="what is measured, see above")
     parser.add_argument("--model", help=f"preset whose shapes are used (default: {_default('model')})")
     parser.add_argument("--batch", type=int, default=2, help="sequences")
     parser.add_argument(
@@ -50,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(PRECISIONS)}; blockwise/bf16, hybrid/recompute: how gate and up are kept; /head: with an "
         "FP8 output head (default: bf16 blockwise hybrid)",
     )
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="step: other implementations to measure")
+    parser.add_argument(
+        "--peers", nargs="+", choices=PEERS, default=[], metavar="NAME",
+        help=f"step: other implementations to measure: {', '.join(PEERS)}"
+    )  # fmt: skip
     parser.add_argument("--optimizer", action="store_true", help="step: AdamW as well")
     parser.add_argument(
         "--checkpointing", choices=["none", "attention", "full"], default="none", help="step: activation checkpointing"
@@ -73,12 +76,14 @@ def run(args: argparse.Namespace) -> int:
 
     from infir2.benchmark import decode, kernels, step
     from infir2.launch.environment import environment
+    from infir2.parallel.device import enough_memory
 
     choose_size(args, torch.cuda.is_available())
     if args.json:
         check_output(args.json, "--json")
     benches = {"step": step.run, "decode": decode.run, "gemm": kernels.gemm, "quantize": kernels.quantize}
-    rows = benches[args.what](args, _tell)
+    with enough_memory(f"bench {args.what}", _smaller(args)):
+        rows = benches[args.what](args, _tell)
     console = Console()
     for number, keys in enumerate(_tables(rows, console.width)):
         table = Table(title=f"bench {args.what}: {args.model}, {args.batch} x {args.length}" if number == 0 else None)
@@ -102,18 +107,27 @@ def choose_size(args: argparse.Namespace, on_gpu: bool) -> None:
         if getattr(args, name) is None:
             setattr(args, name, choices[0 if on_gpu else 1])
     # A sequence's first new token comes with its prompt: what follows is what decoding is timed by.
-    for name, least in (("batch", 1), ("length", 1), ("repeats", 1), ("new", 2)):
+    for name, least in (("batch", 1), ("length", 1), ("repeats", 1), ("new", 2), ("layers", 0)):
         if (value := getattr(args, name)) < least:
             raise ConfigError(f"--{name} {value}: give at least {least}")
+    if args.model not in PRESETS:
+        hint = did_you_mean(args.model, PRESETS)
+        raise ConfigError(f"--model {args.model}: no such preset; there are {', '.join(PRESETS)}.{hint}")
     if on_gpu:
         return
-    if args.model in PRESETS and args.model not in WITHOUT_GPU:
+    if args.model not in WITHOUT_GPU:
         raise ConfigError(
             f"--model {args.model}: no GPU here, and a CPU would take hours; give one of {', '.join(WITHOUT_GPU)}"
         )
     _tell(
         f"no GPU here: FP8 is emulated; {args.model}, {args.batch} x {args.length} tokens, {args.repeats} repetitions"
     )
+
+
+def _smaller(args: argparse.Namespace) -> str:
+    """What makes a bench need less memory."""
+    lower = [f"--{name} ({value})" for name in ("batch", "length") if (value := getattr(args, name)) > 1]
+    return f"lower {' or '.join(lower)}, or take another --model ({args.model})"
 
 
 def _default(name: str) -> str:

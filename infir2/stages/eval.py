@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from infir2.evaluate.respond import Responder
     from infir2.evaluate.score import Paired, Sample, TaskScore
     from infir2.reward.score import Scorer
+    from infir2.rollout.options import EngineOptions
 
 __doc__ = (__doc__ or "").replace("{tasks}", HELP)
 Task = Benchmark | LocalTask
@@ -302,10 +303,12 @@ def _finished(work: _Work, model: _Model, tasks: list[LocalTask]) -> Samples:
 
 def _in_process(work: _Work, model: _Model, tasks: list[LocalTask]) -> Samples:
     """Local tasks with an engine of this process, whose memory is given back for the next model or the server."""
-    from infir2.parallel.device import fresh_memory
+    from infir2.parallel.device import enough_memory, fresh_memory
 
     with fresh_memory():
-        return _local(work, model, tasks, _engine_responder(work.args, model.text, work.console))
+        responder, options = _engine_responder(work.args, model.text, work.console)
+        with enough_memory("the engine", options.smaller()):
+            return _local(work, model, tasks, responder)
 
 
 def _local(work: _Work, model: _Model, tasks: list[LocalTask], responder: "Responder") -> Samples:
@@ -334,7 +337,7 @@ def _benchmarks(work: _Work, model: _Model) -> Samples:
     return found
 
 
-def _engine_responder(args: argparse.Namespace, text: str, console: Console) -> "Responder":
+def _engine_responder(args: argparse.Namespace, text: str, console: Console) -> "tuple[Responder, EngineOptions]":
     from infir2.evaluate.respond import EngineResponder
     from infir2.launch.end_tokens import end_ids
     from infir2.launch.inference import load_engine
@@ -344,7 +347,8 @@ def _engine_responder(args: argparse.Namespace, text: str, console: Console) -> 
     served = ServedModel.of(engine, text, tokenizer, end_ids(source))
     if served.chat is None:
         raise UserError(f"{text}: {served.chat_problem}")
-    return EngineResponder(engine, served.chat, sorted(served.chat_end_ids), served.longest)
+    responder = EngineResponder(engine, served.chat, sorted(served.chat_end_ids), served.longest)
+    return responder, engine.options
 
 
 @contextmanager

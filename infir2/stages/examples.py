@@ -8,12 +8,11 @@ questions (--split held_out) never occur in a train split, whatever the seed.
 
 import argparse
 import json
-import os
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from infir2.durable import check_output
+from infir2.durable import check_output, write_output
 from infir2.errors import DataError
 
 
@@ -33,21 +32,15 @@ def run(args: argparse.Namespace) -> int:
 
     if args.count < 1 or args.seed < 0:
         raise DataError("--count must be at least 1, and --seed must not be negative")
-    counts: Counter[str] = Counter()
-    temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}")
     with suppress(OSError):  # the check says what is wrong
         args.out.parent.mkdir(parents=True, exist_ok=True)
     check_output(args.out, "OUT")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for example in worked_examples(args.stage, args.count, args.seed, args.split, args.families):
-                row = {"messages": example.row, "prompts": example.prompt_row, "text": example.text_row}[args.form]
-                file.write(json.dumps(row(), ensure_ascii=False) + "\n")
-                counts[example.family] += 1
-        temporary.replace(args.out)
-    except OSError as error:
-        raise DataError(f"{args.out}: cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    counts: Counter[str] = Counter()
+    lines = []
+    for example in worked_examples(args.stage, args.count, args.seed, args.split, args.families):
+        row = {"messages": example.row, "prompts": example.prompt_row, "text": example.text_row}[args.form]
+        lines.append(json.dumps(row(), ensure_ascii=False) + "\n")
+        counts[example.family] += 1
+    write_output(args.out, "".join(lines))
     print(f"{args.out}: {args.count} examples ({', '.join(f'{name} {n}' for name, n in counts.items())})")
     return 0

@@ -68,9 +68,14 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (["--new", "1"], "--new 1: give at least 2"),
         (["--batch", "0"], "--batch 0: give at least 1"),
+        (["--layers", "-1"], "--layers -1: give at least 0"),
     ):
         assert main(["bench", "decode", *SMALL, *words]) == 2
         assert capsys.readouterr().err == f"infir2: error: {message}\n"
+    assert main(["bench", "decode", "--model", "tinny"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("infir2: error: --model tinny: no such preset; there are micro, tiny, ")
+    assert line.endswith("Did you mean 'tiny'?")
     assert main(["bench", "gemm", *SMALL, "--json", str(tmp_path)]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"infir2: error: --json {tmp_path}: is a folder; name a file"
 

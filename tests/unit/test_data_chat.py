@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from infir2.data import named_set
+from infir2.data import named_set, time_limit
 from infir2.data import tokenizer as tok
 from infir2.data.chat import ChatTokenizer, choose_template
 from infir2.data.conversations import Conversation, ConversationSource, conversation_of, shared_rows
@@ -210,8 +210,8 @@ def test_which_template(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> N
     assert choose_template(tokenizer, "auto") == own
     assert choose_template(tokenizer, "chatml") == tok.CHAT_TEMPLATE
     assert choose_template(tokenizer, str(file)) == LLAMA
-    with pytest.raises(DataError, match="cannot be read"):
-        choose_template(tokenizer, str(tmp_path / "gone.jinja"))
+    with pytest.raises(DataError, match=r"--option: .*gone.jinja: cannot be read: No such file or directory$"):
+        choose_template(tokenizer, str(tmp_path / "gone.jinja"), "--option")
     with pytest.raises(DataError, match="not a Jinja template"):
         ChatTokenizer(tokenizer, "{% if %}")
     bare = tok.load_tokenizer(tmp_path_without_template(tokenizer, tmp_path))
@@ -330,6 +330,8 @@ def test_names_of_data_sets(
             ConversationSource(missing)
     with pytest.raises(DataError, match=rf"no such file or folder in {tmp_path}\. Did you mean 'stage1.jsonl'\?$"):
         ConversationSource(str(tmp_path / "stage_1.jsonl"))
+    with pytest.raises(DataError, match=r"no such file or folder\. Did you mean 'stage1.jsonl'\?$"):
+        ConversationSource("stage_1.jsonl")
     assert asked == [("some/set", "test"), ("no/network", "train")], "a mistyped path is never looked for elsewhere"
 
 
@@ -433,6 +435,27 @@ def test_a_template_may_end_turns_with_plain_text(tokenizer: PreTrainedTokenizer
     assert (
         ChatTokenizer(tokenizer, plain + "{% if add_generation_prompt %}assistant: {% endif %}").end_of_turn() is None
     )
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+    ],
+    ids=["loops", "macro"],
+)
+def test_a_template_that_does_not_end_is_stopped(
+    tokenizer: PreTrainedTokenizerBase, endless: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time_limit, "LIMIT_S", 1)
+    with pytest.raises(DataError, match="the chat template has not ended"):
+        ChatTokenizer(tokenizer, endless)
+    chat = ChatTokenizer(tokenizer, "{% if messages[0].content == 'loop' %}" + endless + "{% endif %}fine")
+    with ThreadPoolExecutor(1) as thread:  # as a server does
+        with pytest.raises(DataError, match="the chat template has not ended"):
+            thread.submit(chat.prompt, [{"role": "user", "content": "loop"}]).result()
+        assert thread.submit(chat.prompt, [{"role": "user", "content": "?"}]).result()
 
 
 def test_prompts_are_made_by_many_threads_at_once(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -295,3 +295,17 @@ def test_closing_the_stream_ends_its_thread(sources: dict[str, float]) -> None:
             next(stream)
         stream.close()
         assert not prefetch_threads()
+
+
+def test_the_same_text_under_two_names_is_refused(tmp_path: Path) -> None:
+    """Also where another seed of `prepare` holds out other documents, and as a pair that was made elsewhere."""
+    documents = random_documents(4, 80)
+    first = make_prepared(tmp_path / "first", documents[:60], documents[60:])
+    seed = make_prepared(tmp_path / "seed", documents[:5:-1], documents[5::-1])
+    pair = make_pair(tmp_path / "pair", documents)
+    for other in (seed, pair):
+        with pytest.raises(DataError, match=rf"{other}: holds the same tokens as {first}. Name one of them."):
+            TokenLoader({first: 1.0, other: 1.0}, seq_len=T, global_batch=2, micro_batch=2, seed=1)
+    changed = [*documents[:-1], documents[-1] ^ 1]
+    other = make_prepared(tmp_path / "other", changed[:60], changed[60:])
+    TokenLoader({first: 1.0, other: 1.0}, seq_len=T, global_batch=2, micro_batch=2, seed=1)

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import small_chat
+import torch
 
 from infir2 import cli
 from infir2.evaluate import local, results_folder
 from infir2.evaluate.results_folder import problems_digest
 from infir2.evaluate.tasks import Problem
+from infir2.rollout.runner import Runner
 from infir2.stages import eval as stage
 
 ROWS = [{"prompt": f"What is {n} + 1?", "label": str(n + 1)} for n in range(3)]
@@ -77,12 +79,13 @@ def test_every_mistake_is_told_before_anything_is_asked(
 
 
 def test_bad_command_lines_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    unreachable = "http://127.0.0.1:9/v1/models: no OpenAI-compatible server answers: [Errno "
     for words, message in (
         (["a", "--tasks", "held_out_1", "--paired"], "--paired compares two models, not 1"),
         (["a", "--tasks", "held_out_1", "--limit", "0"], "--limit: 0 is less than 1"),
         (["a", "--tasks", "held_out_1", "--data", str(tmp_path / "no")], f"--data {tmp_path / 'no'}: no such folder"),
         ([str(tmp_path / "gone"), "--tasks", "held_out_1"], f"{tmp_path / 'gone'}: no such folder; a model"),
-        (["m", "--tasks", "held_out_1", "--api-url", "http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1/models: "),
+        (["m", "--tasks", "held_out_1", "--api-url", "http://127.0.0.1:9/v1"], unreachable),
         *(
             (["m", "--tasks", "held_out_1", "--api-url", url], f"--api-url {url}: is not the address of a server")
             for url in ("notaurl", "ftp://a/v1", "http:///v1", "http://a:b/v1", "http://a b/v1", "http://a/\u00fc")
@@ -143,6 +146,23 @@ def test_an_interrupted_evaluation_goes_on_after_the_finished_tasks(
     monkeypatch.setattr(stage, "_engine_responder", None)  # no model is loaded for what is finished
     assert evaluate(*words, "out") == 0
     assert capsys.readouterr().out.count("is finished") == 4
+
+
+def test_too_little_memory_is_one_line(
+    models: tuple[str, str],
+    tasks: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.25 GiB. GPU 0 has. Including non-PyTorch")
+
+    monkeypatch.setattr(Runner, "run", run)
+    assert evaluate(models[0], "--tasks", tasks[0], "--max-batch-tokens", "512") == 2
+    assert error_of(capsys) == (
+        "the engine needs more memory than this device has: lower --cache-tokens (65536), --max-batch-tokens (512) or "
+        "--max-sequences (256) (CUDA out of memory. Tried to allocate 2.25 GiB. GPU 0 has)"
+    )
 
 
 def test_what_another_program_made_or_somebody_changed_is_asked_again(

@@ -1,16 +1,21 @@
 """Too little memory in the middle of a run: one line that names the keys that help, and nothing lost."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import small_chat
 import torch
+from rich.console import Console
 from small_cpt import Recipe, cpt
 from small_rl import rl
 from small_run import loss_bits
 
+from infir2 import cli
 from infir2.config import CptConfig, SftConfig, load
 from infir2.errors import UserError
-from infir2.launch.memory import telling_what_helps
+from infir2.launch.inference import InferenceOptions, load_engine
+from infir2.launch.memory import enough_for_training
 from infir2.train import step as step_module
 
 KEPT = (
@@ -63,6 +68,20 @@ def test_reinforcement_learning(
     assert "has: lower data.max_tokens_per_gpu (256) or lower rollout.cache_tokens (4096); --dry-run" in line
 
 
+def test_a_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    """More than any address: this is the allocator's own error."""
+    assert cli.main(["bench", "gemm", "--model", "tiny", "--batch", "1", "--length", str(10**15)]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("infir2: error: bench gemm needs more memory than this device has: lower --length (10000000")
+    assert "or take another --model (tiny) (" in line
+
+
+def test_an_engine(tmp_path: Path) -> None:
+    model, options = small_chat.write_chat_model(tmp_path), InferenceOptions(cache_tokens=10**14)
+    with pytest.raises(UserError, match=r"the engine needs more memory .*: lower --cache-tokens \(100000000000000\), "):
+        load_engine(str(model), options, Console(quiet=True))
+
+
 def test_the_failure_behind_another_one() -> None:
     """While a CUDA graph is captured: what is raised then says nothing of memory."""
     train, data = {"epochs": 1, "global_batch": 2}, {"train": "x.jsonl"}
@@ -77,15 +96,15 @@ def test_the_failure_behind_another_one() -> None:
 
     with (
         pytest.raises(UserError, match=r"lower data.max_tokens_per_gpu \(32768\) or .*Tried to allocate 2.25 GiB"),
-        telling_what_helps(config),
+        enough_for_training(config),
     ):
         capture()
-    with pytest.raises(RuntimeError, match="shapes differ"), telling_what_helps(config):
+    with pytest.raises(RuntimeError, match="shapes differ"), enough_for_training(config):
         raise RuntimeError("shapes differ")
 
 
 def test_replicas_are_told_to_share(recipe: Recipe) -> None:
     path, _ = recipe("copies", **{"parallel.replicate": 4})
     told = r'"full" \("none"\) or lower parallel.replicate \(4\);'
-    with pytest.raises(UserError, match=told), telling_what_helps(load(CptConfig, path)):
+    with pytest.raises(UserError, match=told), enough_for_training(load(CptConfig, path)):
         raise torch.OutOfMemoryError(WORDS)

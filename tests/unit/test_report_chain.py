@@ -108,10 +108,18 @@ def test_damage_is_named(chain: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for name, text, message in (
         ("eval/eval.json", "{", "cannot be read"),
         ("eval/eval.json", '{"models": [{"name": "another program\'s"}]}', "not written by `infir2 eval`"),
-        ("pipeline.json", "[]", "not a table of stages"),
-        ("pipeline.json", '{"sft": {"command": "infir2 sft \'r.toml"}}', "stage 'sft': command: No closing quotation"),
-        ("pipeline.json", '{"sft": {"seconds": "a minute"}}', "stage 'sft': seconds: 'a minute' is no number"),
-        ("pipeline.json", '{"sft": {"seconds": NaN}}', "stage 'sft': seconds: nan is no number"),
+        ("pipeline.json", "[]", "cannot be read (not a table of stages"),
+        (
+            "pipeline.json",
+            '{"sft": {"command": "infir2 sft \'r.toml"}}',
+            "cannot be read (stage 'sft': command: No closing",
+        ),
+        (
+            "pipeline.json",
+            '{"sft": {"seconds": "a minute"}}',
+            "cannot be read (stage 'sft': seconds: 'a minute' is no number",
+        ),
+        ("pipeline.json", '{"sft": {"seconds": NaN}}', "cannot be read (stage 'sft': seconds: nan is no number"),
     ):
         whole = (chain / name).read_text()
         (chain / name).write_text(text)

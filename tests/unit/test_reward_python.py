@@ -1,5 +1,6 @@
 """A reward of the user's own: a function in a Python file."""
 
+import hashlib
 import os
 import re
 from contextlib import closing
@@ -13,7 +14,7 @@ from infir2.errors import ConfigError, DataError
 from infir2.evaluate.local import check_labels
 from infir2.evaluate.tasks import parse_tasks, problems_of
 from infir2.reward.dispatch import reward_for
-from infir2.reward.python_file import PythonScorer
+from infir2.reward.python_file import PythonScorer, digest
 from infir2.reward.score import Score
 from infir2.stages.rl import make_scorer
 
@@ -66,6 +67,31 @@ def test_what_the_function_does_wrong_is_told_and_not_scored(grader: Path, tmp_p
         with pytest.raises(DataError, match="PermissionError"):
             scorer.score_many([("write", str(tmp_path / "written"))])
         assert scorer.score_many([("ab", 1)]) == [Score(1.0, None, "scorer")]
+
+
+def test_the_digest_sees_what_is_imported_from_the_folder_and_nothing_else(tmp_path: Path) -> None:
+    files = {
+        "grader.py": "import json, beside, data, broken\ndef score(response, label):\n    from package.inner import x",
+        "beside.py": "import deeper",
+        "deeper.py": "import grader",
+        "package/__init__.py": "from . import inner",
+        "package/inner.py": "x = 1",
+        "broken.py": "def (",
+        "other.py": "",
+        "data/rows.jsonl": "{}",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    known = digest(str(tmp_path / "grader.py"))
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + " ")
+        changed = digest(str(tmp_path / "grader.py")) != known
+        assert changed == (name not in ("other.py", "data/rows.jsonl")), name
+        (tmp_path / name).write_text(text)
+    assert digest(str(tmp_path / "grader.py")) == known
+    alone = tmp_path / "other.py"
+    assert digest(str(alone)) == hashlib.sha256(alone.read_bytes()).hexdigest(), "as runs have it on record"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from rich.console import Console
 from starlette.websockets import WebSocketDisconnect
 
 from infir2 import cli
+from infir2.data import time_limit
 from infir2.errors import ConfigError
 from infir2.launch.inference import InferenceOptions, load_engine
 from infir2.rollout.engine import Engine
@@ -114,6 +115,23 @@ def test_a_fault_of_the_engine_is_told_and_leaves_nothing(client: TestClient, en
     engine.flush_cache()  # the broken weights' keys and values
     assert client.get("/health").json() == {"status": "ok"}
     assert ask(client, seed=1).json()["choices"] == before
+
+
+def test_too_little_memory_is_told_without_torch_s_words(
+    client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def step() -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.25 GiB. GPU 0 has. Including non-PyTorch")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step", step)
+        failed = ask(client)
+    assert failed.status_code == 500
+    assert failed.json()["error"]["message"] == "the engine failed: it needs more memory than its device has"
+    (record,) = caplog.records
+    assert record.exc_info is None
+    assert "lower --cache-tokens (2048), --max-batch-tokens (4096) or --max-sequences (16) (CUDA out of" in caplog.text
+    assert ask(client).status_code == 200
 
 
 def test_a_fault_while_a_stream_is_written_is_told_in_it(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,6 +317,24 @@ def test_too_many_prompts_are_refused_before_they_are_tokenised(
     body = {"model": "small", "prompt": ["a"] * 1000, "max_tokens": 1}
     answer = client.post("/v1/completions", json=body, headers=KEY)
     assert (answer.status_code, answer.json()["error"]["param"], tokenised) == (400, "n", [])
+
+
+def test_a_chat_template_that_does_not_end_is_the_request_s_error(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time_limit, "LIMIT_S", 1)
+    template = tmp_path / "chat.jinja"
+    loops = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+    template.write_text("{% if messages[0].content == 'loop' %}" + loops + "{% endif %}{{ messages[0].content }}")
+    served = ServedModel.of(engine, "small", engine.tokenizer, template=str(template))
+    server = Server(EngineThread(engine, 8), served, ServerLimits())
+    with TestClient(make_app(server, "secret"), raise_server_exceptions=False) as client:
+        refused = ask(client, messages=[{"role": "user", "content": "loop"}])
+        assert refused.status_code == 400
+        message = refused.json()["error"]["message"]
+        assert "the chat template has not ended" in message
+        assert "set --chat-template to another" in message
+        assert ask(client).status_code == 200
 
 
 def test_fields_that_ask_for_nothing_are_no_error() -> None:

@@ -216,6 +216,23 @@ def test_a_converted_folder_has_no_moments_to_keep(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_converted_folder_is_no_run_and_no_hugging_face_folder(
+    corpus: Path, start_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dcp = tmp_path / "dcp"
+    convert_model(str(start_model), dcp, "dcp")
+    path = write_recipe(tmp_path / "r.toml", tmp_path / "run", corpus, start_model)
+    before = sorted(dcp.rglob("*"))
+    for words, message in (
+        (("--run", str(dcp)), f"{dcp}: was made by `infir2 convert --to dcp`, for runs to start from; give another"),
+        (("--model.path", str(dcp)), f"model.path: {dcp}: holds a training checkpoint, which init.checkpoint takes"),
+    ):
+        for more in ([], ["--dry-run"]):
+            assert main(["cpt", str(path), *words, *more]) == 2
+            assert capsys.readouterr().err.startswith(f"infir2: error: {message}"), words
+    assert sorted(dcp.rglob("*")) == before
+
+
 def test_an_fp8_folder_to_train_from(
     corpus: Path, start_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,6 +265,10 @@ def test_options_that_do_not_belong_together(tmp_path: Path, capsys: pytest.Capt
     ):
         assert message in error_of(capsys, source, out, *words)
         assert not out.exists()
+    file = source / "config.json"
+    assert error_of(capsys, file, out).endswith(
+        f"{file}: is a file; a model is a Hugging Face folder, a run or a checkpoint folder"
+    )
     (out / "sub").mkdir(parents=True)
     for to in ("hf", "fp8", "dcp"):
         assert "out: exists and is not empty" in error_of(capsys, source, out, "--to", to)

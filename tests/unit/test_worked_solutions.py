@@ -3,12 +3,15 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reasoning_gym
 
 from infir2 import cli
+from infir2.data import worked_solutions
 from infir2.data.worked_solutions import FAMILIES, WorkedExample, is_held_out, worked_examples
 from infir2.errors import DataError
 from infir2.reward.extract import last_boxed
@@ -106,3 +109,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "Did you mean 'chain_sum'?" in capsys.readouterr().err
     assert [path.name for path in out.parent.iterdir()] == ["stage2.jsonl"], "an earlier file stays, no rest beside it"
     assert len(out.read_text().splitlines()) == 30
+
+
+def test_a_killed_command_leaves_nothing_and_a_link_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, link = tmp_path / "real.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(real)
+
+    def looked_at(*arguments: Any) -> Iterator[WorkedExample]:
+        for example in worked_examples(*arguments):
+            assert [path.name for path in tmp_path.iterdir()] == ["link.jsonl"]
+            yield example
+
+    monkeypatch.setattr(worked_solutions, "worked_examples", looked_at)
+    assert cli.main(["examples", str(link), "--count", "5"]) == 0
+    assert link.is_symlink()
+    assert len(real.read_text().splitlines()) == 5
