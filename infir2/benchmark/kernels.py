@@ -1,7 +1,8 @@
-"""`infir2 bench gemm` and `infir2 bench quantize`: the kernels alone, on the shapes of a model."""
+"""`infir2 bench gemm`, `quantize` and `attention`: the kernels alone, on the shapes of a model."""
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,12 @@ from torch import Tensor
 
 from infir2.benchmark.timing import median_kernel_ms
 from infir2.fp8.tensor import Operand
+from infir2.model import flash
+from infir2.model.attention import document_attention
 from infir2.model.config import ModelConfig
 from infir2.model.presets import preset
 from infir2.parallel.device import default_device
+from infir2.types import Batch
 
 _GEMM_PAIRS = {"blockwise": ("tile", "block"), "rowwise": ("channel", "channel"), "tensorwise": ("tensor", "tensor")}
 _WGRAD_PAIRS = {"blockwise": ("tile", "tile"), "hybrid": ("channel", "channel"), "tensorwise": ("tensor", "tensor")}
@@ -84,6 +88,55 @@ def quantize(args: argparse.Namespace, tell: Callable[[str], None]) -> list[dict
             ms = median_kernel_ms(partial(work, x), args.repeats, device)
             rows.append({"kernel": name, "rows": tokens, "cols": cols, "ms": ms, "GB/s": moved / ms / 1e6})
     return rows
+
+
+def attention(args: argparse.Namespace, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Milliseconds and TFLOP/s of causal attention, forward and backward, over whole rows and over packed documents, by
+    flash-attn-4, where it can be used, and by torch alone. In bfloat16; on a CPU in float32.
+
+    ``tell`` hears what is measured.
+    """
+    device, config = default_device(), preset(args.model)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    q, k, v, grad = (
+        torch.randn(args.batch, args.length, count, config.head_dim, device=device, dtype=dtype, requires_grad=True)
+        for count in (*heads, heads[0])
+    )
+    rows = []
+    for name, lengths in (("whole rows", [args.length] * args.batch), ("documents", _documents(args))):
+        batch = _batch_of(lengths, args, device)
+        flops = 4.0 * config.head_dim * heads[0] * sum(n * (n + 1) // 2 for n in lengths)
+        for kernels in ("flash-attn-4", "torch") if flash.takes(q) else ("torch",):
+            tell(f"measuring {name}, {kernels}")
+            with flash.left_out() if kernels == "torch" else nullcontext():
+                attend = document_attention(batch, dtype)
+                forward = median_kernel_ms(partial(attend, q, k, v, 0), args.repeats, device)
+                out = attend(q, k, v, 0)
+                work = partial(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True)
+                backward = median_kernel_ms(work, args.repeats, device)
+            rows.append({
+                "attention": name, "kernels": kernels, "documents": len(lengths), "longest": max(lengths),
+                "forward ms": forward, "forward TFLOP/s": flops / forward / 1e9,
+                "backward ms": backward, "backward TFLOP/s": 2.5 * flops / backward / 1e9,
+            })  # fmt: skip
+    return rows
+
+
+def _documents(args: argparse.Namespace) -> list[int]:
+    """Lengths as packed conversations have them, half of them below a sixteenth of a row, none across a row's end."""
+    generator = torch.Generator().manual_seed(5)
+    lengths: list[int] = []
+    while (missing := args.batch * args.length - sum(lengths)) > 0:
+        drawn = int((torch.randn((), generator=generator) * 0.7).exp() * args.length / 16)
+        lengths.append(min(max(drawn, 1), (missing - 1) % args.length + 1))
+    return lengths
+
+
+def _batch_of(lengths: list[int], args: argparse.Namespace, device: torch.device) -> Batch:
+    ids = torch.zeros(args.batch, args.length, dtype=torch.long, device=device)
+    ends = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+    return Batch(ids, ids, ids, ends, max(lengths))
 
 
 def _tflops(m: int, n: int, k: int, ms: float) -> float:

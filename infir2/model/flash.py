@@ -3,13 +3,15 @@ rows and, by far, for packed documents (docs/performance.md has the figures)."""
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _LARGEST_HEAD = 128
+_left_out = False
 
 
 class _Kernels(NamedTuple):
@@ -21,12 +23,24 @@ def takes(q: Tensor) -> bool:
     """Whether ``whole_rows`` and ``packed`` can be used for queries [..., head_dim] of this dtype, on this device."""
     return (
         q.is_cuda
+        and not _left_out
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= _LARGEST_HEAD
         and torch.cuda.get_device_capability(q.device) >= (9, 0)
         and _kernels() is not None
     )
+
+
+@contextmanager
+def left_out() -> Iterator[None]:
+    """What is computed meanwhile is computed as if the package were not installed."""
+    global _left_out
+    _left_out = True
+    try:
+        yield
+    finally:
+        _left_out = False
 
 
 def whole_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

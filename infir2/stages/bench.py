@@ -1,9 +1,10 @@
-"""Measure FP8 against BF16 side by side, in one process: `infir2 bench {step,decode,gemm,quantize}`.
+"""Measure FP8 against BF16 side by side, in one process: `infir2 bench {step,decode,gemm,quantize,attention}`.
 
-step      forward, forward + backward and optimiser of a whole model with random weights, in each precision
-decode    the rollout engine: prompts read and tokens made a second
-gemm      forward and weight-gradient GEMMs of every linear shape of a model, in TFLOP/s
-quantize  the quantiser's kernels: bytes read and written over time
+step       forward, forward + backward and optimiser of a whole model with random weights, in each precision
+decode     the rollout engine: prompts read and tokens made a second
+gemm       forward and weight-gradient GEMMs of every linear shape of a model, in TFLOP/s
+quantize   the quantiser's kernels: bytes read and written over time
+attention  whole rows and packed documents, by flash-attn-4 (if installed) and by torch alone
 
 Figures are medians. --json writes them with command, commit, device and versions. Without a GPU, FP8 is emulated and
 figures tell about this machine alone: the small presets and short sequences are measured.
@@ -29,7 +30,9 @@ WITHOUT_GPU = ("micro", "tiny", "small-150m")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["step", "decode", "gemm", "quantize"], help="what is measured, see above")
+    parser.add_argument(
+        "what", choices=["step", "decode", "gemm", "quantize", "attention"], help="what is measured, see above"
+    )
     parser.add_argument("--model", help=f"preset whose shapes are used (default: {_default('model')})")
     parser.add_argument("--batch", type=int, default=2, help="sequences")
     parser.add_argument(
@@ -81,7 +84,13 @@ def run(args: argparse.Namespace) -> int:
     choose_size(args, torch.cuda.is_available())
     if args.json:
         check_output(args.json, "--json")
-    benches = {"step": step.run, "decode": decode.run, "gemm": kernels.gemm, "quantize": kernels.quantize}
+    benches = {
+        "step": step.run,
+        "decode": decode.run,
+        "gemm": kernels.gemm,
+        "quantize": kernels.quantize,
+        "attention": kernels.attention,
+    }
     with enough_memory(f"bench {args.what}", _smaller(args)):
         rows = benches[args.what](args, _tell)
     console = Console()

@@ -60,6 +60,18 @@ def test_kernels(tmp_path: Path, what: str) -> None:
     assert len(rows(tmp_path, what, "--batch", "1", "--length", "128")) > 4
 
 
+def test_attention(tmp_path: Path) -> None:
+    whole, packed = rows(tmp_path, "attention", "--batch", "2", "--length", "96")
+    assert [whole["documents"], whole["longest"]] == [2, 96]
+    assert packed["documents"] > 4
+    assert packed["longest"] <= 96
+    assert whole["kernels"] == packed["kernels"] == "torch"
+    for row in (whole, packed):
+        assert row["backward TFLOP/s"] == pytest.approx(
+            2.5 * row["forward TFLOP/s"] * row["forward ms"] / row["backward ms"]
+        )
+
+
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "decode", "--precisions", "hybrid/fp16"]) == 2
     assert "argument --precisions: invalid choice: 'hybrid/fp16'" in capsys.readouterr().err
