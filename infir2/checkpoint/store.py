@@ -24,10 +24,10 @@ from torch.distributed.tensor import DTensor
 from infir2.checkpoint import manifest, safe_reader
 from infir2.checkpoint.cause import reason
 from infir2.checkpoint.folders import META, STEP, read_meta, step_folders
-from infir2.checkpoint.ranks import Ranks
 from infir2.checkpoint.state import cpu_copy, flatten
 from infir2.durable import write_file
 from infir2.errors import CheckpointError, some_of
+from infir2.parallel.ranks import Ranks
 
 _log = logging.getLogger(__name__)
 # DCP says this at every save and load of a single process, where it is what we mean.

@@ -32,7 +32,7 @@ def verify_shards(files: Sequence[ShardFile], run: Path, world: "World") -> None
     An index is small and always read. A .bin is read once a run, and again when its size, its time of change or its
     record differs. Collective. Raises DataError, naming the file, on every process where one is damaged.
     """
-    from infir2.checkpoint.ranks import Ranks
+    from infir2.parallel.ranks import Ranks
 
     ranks = Ranks()
     known = ranks.lead(lambda: _read_verdicts(run / VERDICTS))

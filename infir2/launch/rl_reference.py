@@ -7,6 +7,7 @@ from infir2.errors import CheckpointError
 from infir2.launch.model import start_model
 from infir2.model.config import ModelConfig
 from infir2.model.transformer import CausalLM
+from infir2.parallel.ranks import Ranks
 from infir2.parallel.runtime import World
 from infir2.rl.reference import FILE, Reference, read_reference, write_reference
 from infir2.rollout.checksum import weights_checksum
@@ -22,6 +23,7 @@ def reference_model(
     model: CausalLM,
     step: int,
     metrics: MetricsWriter,
+    ranks: Ranks,
 ) -> CausalLM:
     """The model that the run started from, frozen, whatever has been trained or saved since. ``model`` is the policy
     after ``step`` optimiser steps.
@@ -29,7 +31,7 @@ def reference_model(
     Raises CheckpointError where the weights that the run has referred to so far are gone, changed or unknown.
     """
     run, named = Path(config.run), _start_named(config)
-    known = read_reference(run) if step else None
+    known = ranks.lead(lambda: read_reference(run)) if step else None
     if known is not None and known.named != named:
         known = None  # a change of recipe that was accepted, else there would be no resume
     if step and known is None and not config.train.accept_changes:
@@ -46,7 +48,8 @@ def reference_model(
     if step == 0 and found != weights_checksum(model, codes=False):
         raise CheckpointError(f"{named}: other weights were put there while the run started; start it again")
     if known is None:
-        write_reference(run, Reference(named, path, found))
+        if world.is_main:
+            write_reference(run, Reference(named, path, found))
         metrics.event(step, "reference", **{"from": path or named})
     return reference
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from infir2.launch.stage_data import StageData
 from infir2.model.attention import document_attention
 from infir2.model.config import ModelConfig
 from infir2.model.transformer import CausalLM
+from infir2.parallel.ranks import Ranks
 from infir2.parallel.runtime import World
 from infir2.reward.python_file import digest
 from infir2.reward.score import Scorer
@@ -28,6 +30,9 @@ from infir2.rollout.options import EngineOptions
 from infir2.train.loop import Feed, TrainState
 from infir2.train.metrics import MetricsWriter, read_metrics
 from infir2.types import Batch
+
+_PATIENCE = timedelta(hours=6)
+"""How long a process that has sampled its share waits for the others: some may have drawn all the long ones."""
 
 
 @dataclass
@@ -69,17 +74,24 @@ class RlStage:
 
     def _begin(self, model: CausalLM, progress: TrainState, metrics: MetricsWriter) -> None:
         """Make engine, collector and loop; evaluate before the first step of a run, or what a signal cut short."""
-        config = self.config
+        config, ranks = self.config, Ranks(_PATIENCE)
         tokenizer = load_tokenizer(self.tokenizer)
         engine = Engine(model, tokenizer, engine_options(config), weight_version=progress.step)
         stop_ids = {i for i in (self.chat.end_of_turn(), tokenizer.eos_token_id) if i is not None}
         collector = Collector(
-            engine, self.scorer, config.rollout, config.reward, sorted(stop_ids), config.train.seed, metrics.activity
+            engine,
+            self.scorer,
+            config.rollout,
+            config.reward,
+            sorted(stop_ids),
+            config.train.seed,
+            metrics.activity,
+            ranks,
         )
-        owed = _evaluation_owed(config, progress.step)
+        owed = ranks.lead(lambda: _evaluation_owed(config, progress.step))
         reference = None
         if config.policy.kl_coef:
-            reference = reference_model(config, self.architecture, self.world, model, progress.step, metrics)
+            reference = reference_model(config, self.architecture, self.world, model, progress.step, metrics, ranks)
         self._progress = progress
         self._loop = RlLoop(
             config=config,
@@ -91,7 +103,7 @@ class RlStage:
             attention_for=self._attention_for,
             reference=reference,
             metrics=metrics,
-            samples=SampleLog(Path(config.run), progress.step, evaluates_again=owed),
+            samples=SampleLog(Path(config.run), progress.step, evaluates_again=owed, enabled=self.world.is_main),
         )
         if owed:
             metrics.log(progress.step, self._loop.evaluate(progress.step), kind="eval")

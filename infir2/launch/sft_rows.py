@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from infir2.checkpoint.ranks import Ranks
 from infir2.config import ChatDataSection, SftConfig
 from infir2.data.chat import ChatTokenizer
 from infir2.data.conversations import ConversationSource
@@ -22,6 +21,7 @@ from infir2.durable import write_file
 from infir2.errors import DataError
 from infir2.launch.held_folder import writing
 from infir2.launch.progress import share_bar
+from infir2.parallel.ranks import Ranks
 
 _ROWS_FORMAT = 1
 PATIENCE = timedelta(days=1)

@@ -47,13 +47,15 @@ class World:
 
 
 @contextmanager
-def world(replicate: int = 1) -> Iterator[World]:
-    """Join torchrun's process group if there is one; leave it at the end.
+def world(replicate: int | None = 1) -> Iterator[World]:
+    """Join torchrun's process group if there is one; leave it at the end. ``replicate``: copies of the model that the
+    processes hold together; None: one each.
 
     Raises ConfigError where ``replicate`` does not divide the number of processes.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = _device(int(os.environ.get("LOCAL_RANK", "0")))
+    replicate = size if replicate is None else replicate
     if size % replicate:
         raise ConfigError(f"parallel.replicate ({replicate}) does not divide the {size} process(es) of this run")
     if size == 1:

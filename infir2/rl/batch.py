@@ -53,6 +53,12 @@ def split_samples(samples: Sequence[TrainingSample], parts: int) -> list[list[Tr
     return [list(samples[a:b]) for a, b in pairwise(bounds)]
 
 
+def dealt(batches: Sequence[RlBatch], rank: int, size: int) -> list[RlBatch]:
+    """Those of one process among ``size``. All get as many: where there is one too few, one of filling alone."""
+    mine = list(batches[rank::size])
+    return mine if len(mine) * size >= len(batches) else [*mine, _pack([])]
+
+
 @torch.no_grad()
 def with_logprobs(batch: RlBatch, field: str, compute: Callable[[Batch], Tensor]) -> RlBatch:
     """The batch with ``compute(batch)`` as its ``old`` or ``reference`` log-probabilities."""

@@ -1,7 +1,7 @@
 """Prompts to scored groups: sample, score, leave out groups that teach nothing, sample others in their place.
 
 Every number drawn is a function of (seed, rollout, prompt, sample): neither what was drawn before nor a resume in
-between has a part in it.
+between has a part in it, nor how many processes share the prompts.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from infir2.config import RewardSection, RolloutSection
 from infir2.data.prompts import Prompt, PromptOrder
+from infir2.parallel.ranks import Ranks
 from infir2.reward.score import Score, Scorer
 from infir2.reward.shaping import overlong_penalty
 from infir2.rl.advantage import has_spread
@@ -62,7 +63,8 @@ class Rollout:
 
 
 class Collector:
-    """Draws groups from an engine and scores them. ``stop_ids`` end a response."""
+    """Draws groups from an engine and scores them. ``stop_ids`` end a response. With several ``ranks`` each has an
+    engine, samples and scores its share, and all get all of it: what is said below is collective."""
 
     def __init__(
         self,
@@ -73,8 +75,10 @@ class Collector:
         stop_ids: Sequence[int],
         seed: int,
         show: Show = lambda text: None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.engine, self.scorer, self.rollout, self.reward = engine, scorer, rollout, reward
+        self.ranks = ranks or Ranks()
         self.stop_ids, self.seed, self.show = tuple(stop_ids), seed, show
 
     def collect(
@@ -83,7 +87,7 @@ class Collector:
         """Rollout ``number`` (from 0): up to ``rollout.prompts`` groups to train on.
 
         Fewer where ``rollout.oversample`` times as many prompts did not give enough groups with spread; one without
-        spread where none had any. Raises Interrupted on a true answer of ``interrupted``.
+        spread where none had any. Raises Interrupted on a true answer of ``interrupted``, of any rank's.
         """
         settings, done = self.rollout, Rollout()
         rows = order.rows(number)
@@ -96,7 +100,8 @@ class Collector:
         )
         while rows:
             groups = self.sample([(row, prompts[row]) for row in rows], params, str(number), done.seconds, interrupted)
-            if interrupted():  # while they were scored; an evaluation is worth keeping then, a rollout is not
+            # While they were scored; an evaluation is worth keeping then, a rollout is not.
+            if any(self.ranks.each(interrupted)):
                 raise Interrupted
             done.sampled += groups
             done.kept += [g for g in groups if not settings.filter_groups or g.has_spread]
@@ -118,7 +123,25 @@ class Collector:
         seconds: defaultdict[str, float],
         interrupted: Callable[[], object] = lambda: None,
     ) -> list[Group]:
-        """One scored group a prompt. ``stream`` names the random numbers; seconds by phase are added to ``seconds``."""
+        """One scored group a prompt. ``stream`` names the random numbers; seconds by phase, of the slowest rank, are
+        added to ``seconds``. Raises Interrupted as ``collect`` does."""
+        mine = self.ranks.share(list(rows))
+        shares = self.ranks.each(lambda: self._sample_share(mine, params, stream, interrupted))
+        found = [share for share in shares if share is not None]
+        if len(found) < len(shares):
+            raise Interrupted
+        for name in ("rollout_s", "reward_s"):
+            seconds[name] += max(spent[name] for _, spent in found)
+        return [found[index % len(found)][0][index // len(found)] for index in range(len(rows))]
+
+    def _sample_share(
+        self,
+        rows: Sequence[tuple[int, Prompt]],
+        params: SamplingParams,
+        stream: str,
+        interrupted: Callable[[], object],
+    ) -> tuple[list[Group], dict[str, float]] | None:
+        """What ``sample`` does, of this process; None where interrupted."""
         began = time.perf_counter()
 
         def progress(finished: int, total: int) -> None:
@@ -127,19 +150,21 @@ class Collector:
             self.show(f"sampling {finished}/{total}")
 
         requests = [Request(p.ids, _seeded(params, self.seed, stream, row)) for row, p in rows]
-        answers = self.engine.generate(requests, progress)
+        try:
+            answers = self.engine.generate(requests, progress)
+        except Interrupted:
+            return None
         sampled = time.perf_counter()
         self.show(f"scoring {len(rows) * params.n}")
         pairs = [(c.text or "", prompt.label) for (_, prompt), group in zip(rows, answers) for c in group]
         scores = self.scorer.score_many(pairs)
-        seconds["rollout_s"] += sampled - began
-        seconds["reward_s"] += time.perf_counter() - sampled
+        spent = {"rollout_s": sampled - began, "reward_s": time.perf_counter() - sampled}
         groups = []
         for index, ((row, prompt), completions) in enumerate(zip(rows, answers)):
             own = scores[index * params.n : (index + 1) * params.n]
             rewards = [self._shaped(score, completion) for score, completion in zip(own, completions)]
             groups.append(Group(row, prompt, tuple(completions), tuple(own), tuple(rewards)))
-        return groups
+        return groups, spent
 
     def _shaped(self, score: Score, completion: Completion) -> float:
         buffer = self.reward.overlong_buffer

@@ -17,7 +17,7 @@ from infir2.data.prompts import Prompt, PromptOrder
 from infir2.model.transformer import CausalLM
 from infir2.parallel.device import wait_for
 from infir2.rl.advantage import group_advantages
-from infir2.rl.batch import RlBatch, TrainingSample, pack_samples, split_samples, with_logprobs
+from infir2.rl.batch import RlBatch, TrainingSample, dealt, pack_samples, split_samples, with_logprobs
 from infir2.rl.collect import Collector, Group, Interrupted, Rollout
 from infir2.rl.objective import batch_logprobs
 from infir2.rl.samples import SampleLog
@@ -33,7 +33,8 @@ SHOWN = 2
 
 @dataclass
 class RlLoop:
-    """One run. The engine is asleep but while it samples."""
+    """One run. The engine is asleep but while it samples. Of several processes each holds the whole model, samples its
+    share of the prompts, sees all groups, and learns from its share of the micro-batches."""
 
     config: RlConfig
     model: CausalLM
@@ -137,11 +138,13 @@ class RlLoop:
         wait_for(self.model.lm_head.weight.device)
 
     def _training_batches(self, rollout: Rollout) -> list[list[RlBatch]]:
-        """Micro-batches of each optimiser step, with every log-probability that stays fixed over the steps."""
+        """This process's micro-batches of each optimiser step, with what stays fixed over them of log-probabilities."""
         began = time.perf_counter()
         config, temperature = self.config, self.config.rollout.temperature
         samples = [sample for group in rollout.kept for sample in training_samples(group, config)]
-        shares = [pack_samples(s, config.data.max_tokens_per_gpu) for s in split_samples(samples, config.updates)]
+        packed = [pack_samples(s, config.data.max_tokens_per_gpu) for s in split_samples(samples, config.updates)]
+        ranks = self.collector.ranks
+        shares = [dealt(batches, ranks.rank, ranks.size) for batches in packed]
         passes = [("old", self.model)] * (config.updates > 1) + [("reference", self.reference)]
         for name, model in passes:
             if model is not None:

@@ -71,7 +71,8 @@ def importance_weights(terms: TokenTerms, policy: PolicySection) -> Tensor:
         return torch.ones_like(terms.old)
     log_weights = terms.old - terms.behaviour
     if policy.importance == "sequence":
-        totals = log_weights.new_zeros(int(terms.sequence.max()) + 1).index_add(0, terms.sequence, log_weights)
+        sequences = int(terms.sequence.max()) + 1 if terms.sequence.numel() else 0
+        totals = log_weights.new_zeros(sequences).index_add(0, terms.sequence, log_weights)
         log_weights = totals[terms.sequence]
     limit = math.log(policy.importance_clip)
     # Where it is truncated exactly the limit, whatever exp(log(limit)) rounds to.

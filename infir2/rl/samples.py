@@ -21,11 +21,13 @@ _KEYS = {
 
 
 class SampleLog:
-    """Appends to samples.jsonl. Lines of later steps than ``first_step``, written before a resume, are dropped, and
-    those of its evaluation where that is made again."""
+    """Appends to samples.jsonl; with ``enabled=False`` (every rank but 0) it does nothing. Lines of later steps than
+    ``first_step``, written before a resume, are dropped, and those of its evaluation where that is made again."""
 
-    def __init__(self, run: Path, first_step: int, evaluates_again: bool = False) -> None:
-        self.path = run / "samples.jsonl"
+    def __init__(self, run: Path, first_step: int, evaluates_again: bool = False, enabled: bool = True) -> None:
+        self.path, self.enabled = run / "samples.jsonl", enabled
+        if not enabled:
+            return
         kept = [line for line in read_samples(run) if line["step"] <= first_step] if first_step else []
         if evaluates_again:
             kept = [line for line in kept if (line["step"], line["kind"]) != (first_step, "eval")]
@@ -36,6 +38,8 @@ class SampleLog:
 
     def write(self, step: int, kind: str, groups: "Iterable[Group]") -> None:
         """The first sample of each group. ``kind``: train or eval."""
+        if not self.enabled:
+            return
         lines = [json.dumps({"step": step, "kind": kind, **_described(group)}) for group in groups]
         try:
             with open(self.path, "a", encoding="utf-8") as file:

@@ -1,7 +1,8 @@
 """Reinforcement learning on prompts with checkable answers: `infir2 rl RECIPE [--section.key value ...]`.
 
 GRPO with DAPO's refinements: groups of samples from the embedded engine, which shares the trainer's weights; rewards;
-one or more optimiser steps; again. Run the same command again to resume. Stage 1 names a fine-tuning run under
+one or more optimiser steps; again. Under torchrun every process holds the whole model, samples its share of the prompts
+and learns from its share of the samples. Run the same command again to resume. Stage 1 names a fine-tuning run under
 init.checkpoint, stage 2 names stage 1's. --dry-run reads the prompts and shows what would be run.
 """
 
@@ -36,9 +37,12 @@ def run(args: argparse.Namespace) -> int:
     from infir2.parallel.runtime import world
 
     config = load(RlConfig, args.recipe, args.overrides)
-    with world(config.parallel.replicate) as here:
-        if here.size > 1:
-            raise ConfigError("infir2 rl trains and samples in one process on one device; start it without torchrun")
+    with world(None) as here:
+        if config.parallel.replicate not in (1, here.size):
+            raise ConfigError(
+                f"parallel.replicate ({config.parallel.replicate}): infir2 rl holds the whole model in each of its "
+                f"{here.size} process(es); leave it out"
+            )
         if args.dry_run:
             show_plan(config, here)
             return 0
@@ -54,7 +58,7 @@ def show_plan(config: RlConfig, world: "World") -> None:
     missing, lines = Missing(), []
     has_rows, opened = missing.has_rows(config.data), missing.attempt(open_policy, config)
     if opened is not None and has_rows:
-        data = missing.attempt(_checked_data, config, opened[0])
+        data = missing.attempt(_checked_data, config, opened[0], world)
         lines = _data_lines(config, data) if data is not None else []
     architecture, note = (opened[2], "") if opened is not None else likely_architecture(config)
     train, (longest, _) = config.train, config.longest
@@ -62,14 +66,15 @@ def show_plan(config: RlConfig, world: "World") -> None:
     work = Workload(train.steps, tokens, config.data.max_tokens_per_gpu, at_most=True)
     text = missing.attempt(describe_run, config, architecture, world.size, work) if architecture else None
     cache = _cache_line(config, architecture) if architecture else ""
-    print("\n".join(filter(None, (text or to_toml(config), cache, note, *lines))))
+    if world.is_main:
+        print("\n".join(filter(None, (text or to_toml(config), cache, note, *lines))))
     missing.tell()
 
 
-def _checked_data(config: RlConfig, chat: "ChatTokenizer") -> "list[PromptSet]":
+def _checked_data(config: RlConfig, chat: "ChatTokenizer", world: "World") -> "list[PromptSet]":
     """``read_data`` with a scorer for as long as that takes."""
     with closing(make_scorer(config.reward)) as scorer:
-        return read_data(config, chat, scorer, show_progress=True)
+        return read_data(config, chat, scorer, show_progress=world.is_main)
 
 
 def _cache_line(config: RlConfig, architecture: "ModelConfig") -> str:
@@ -98,7 +103,8 @@ def train_rl(config: RlConfig, world: "World") -> "signal.Signals | None":
     chat, tokenizer, architecture = open_policy(config)
     with closing(make_scorer(config.reward)) as scorer:
         data = read_data(config, chat, scorer, show_progress=world.is_main)
-        print("\n".join(_data_lines(config, data)))
+        if world.is_main:
+            print("\n".join(_data_lines(config, data)))
         stage = RlStage(config, architecture, chat, tokenizer, data, scorer, world).stage_data()
         return run_training(config, world, stage, architecture, Path(config.run) / "tokenizer")
 

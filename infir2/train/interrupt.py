@@ -42,6 +42,12 @@ class Interrupt:
             raise self._failure or TrainingStopped("another process of this run failed; its message says why")
         return next((number for number, count in zip(SIGNALS, got) if count), None)
 
+    def noticed(self) -> bool:
+        """Whether this process has got a signal, or has failed: the others may know nothing of it yet."""
+        with self.deferring():
+            self._poll()
+        return any(self._got.values()) or self._failure is not None
+
     @contextmanager
     def deferring(self) -> Iterator[None]:
         """Keep a UserError raised inside for the next ``check``, where no other process waits for this one."""

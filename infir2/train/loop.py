@@ -53,7 +53,8 @@ class Feed:
 
     batches: Callable[[int, int, Callable[[], object]], Iterator[Sequence[Batch]]]
     """(first step, last step, interrupted) -> this rank's micro-batches of each step, steps counted from 1, last
-    included. Who takes long to make them may ask ``interrupted()``, and end on a true answer."""
+    included. Who takes long to make them may ask ``interrupted()``, and end on a true answer, all ranks together: it
+    tells of this process alone."""
     attention_for: AttentionFor
     objective: Objective = cross_entropy
     step_values: Callable[[int, StepResult], Mapping[str, float]] = lambda step, result: {}
@@ -87,7 +88,8 @@ class Callbacks:
     """What the loop asks of others: results on held-out data, and checkpoints. As it stands it gives and keeps none."""
 
     evaluate: Callable[[Callable[[], object]], Mapping[str, float]] = lambda interrupted: {}
-    """Held-out results now. Who takes long may ask the function that is given, and return nothing on a true answer."""
+    """Held-out results now. Who takes long may ask the function that is given, and return nothing on a true answer: on
+    all ranks, though it tells of this process alone."""
     save: Callable[[TrainState], None] = lambda progress: None
     """Save a checkpoint of everything."""
     poll: Callable[[], None] = lambda: None
@@ -121,7 +123,7 @@ def train(
         _profiler(settings.log.profile_steps, settings.trace_folder, progress.step, world.rank) as profiler,
         collecting_between_steps() as collect,
     ):
-        for batches in feed.batches(progress.step + 1, config.steps, interrupt.check):
+        for batches in feed.batches(progress.step + 1, config.steps, interrupt.noticed):
             step = progress.step + 1
             lr = settings.learning_rate(step)
             set_learning_rate(optimizer, lr)
@@ -170,7 +172,7 @@ def _advance(progress: TrainState, result: StepResult) -> None:
 
 def _evaluate(callbacks: Callbacks, step: int, last: bool, interrupt: Interrupt, metrics: MetricsWriter) -> None:
     # Behind the last step nothing would make up for an evaluation that was given up.
-    held_out = callbacks.evaluate((lambda: None) if last else interrupt.check)
+    held_out = callbacks.evaluate((lambda: None) if last else interrupt.noticed)
     with interrupt.deferring():
         if held_out:
             metrics.log(step, held_out, kind="eval")

@@ -3,12 +3,9 @@ FP8 codes, mistakes."""
 
 import json
 import math
-import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from small_run import loss_bits, metrics_lines
+from small_torchrun import ROOT, together, torchrun
 
 from infir2 import cli
 from infir2.checkpoint.state import model_state
@@ -29,30 +27,7 @@ from infir2.parallel.runtime import World
 from infir2.stages.cpt import architecture_of
 
 Recipe = Callable[..., tuple[Path, Path]]
-ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {"train.steps": 10, "train.eval_every": 5, "train.save_every": 5, "train.global_batch": 8}
-
-
-def torchrun(*words: str, processes: int = 2, **options: Any) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        f"{processes}",
-        *words,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
-    )
-
-
-def together(*words: str, processes: int = 2) -> None:
-    process = torchrun(*words, processes=processes)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, out + err
 
 
 def one_process(path: Path) -> None:

@@ -1,6 +1,5 @@
 """`infir2 rl` from its command line: reward rises, alarms, what a stage starts from, dry runs, mistakes."""
 
-import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from small_run import metrics_lines
 from infir2 import cli
 from infir2.config import RewardSection, RlConfig, load
 from infir2.data.worked_solutions import worked_examples
-from infir2.parallel import runtime
 from infir2.report import write_report
 from infir2.reward import sandbox
 from infir2.reward.dispatch import reward_for
@@ -201,14 +199,6 @@ def test_rewards_come_from_the_recipe(kind: Any, label: str, right: str) -> None
     pairs = [(f"<think>?</think>{right}", label), (right, label), ("", label)]
     assert [score.value for score in scorer.score_many(pairs)] == [1, 0, 0], "without </think> nothing is paid"
     scorer.close()
-
-
-def test_torchrun_is_refused(rl_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    path, _ = rl_recipe()
-    two = runtime.World(0, 2, small_rl.WORLD.device, None)
-    monkeypatch.setattr(runtime, "world", lambda replicate: contextlib.nullcontext(two))
-    assert rl(path) == 2
-    assert "start it without torchrun" in capsys.readouterr().err
 
 
 def test_prompts_with_messages_and_examples_of_the_house(tmp_path: Path) -> None:

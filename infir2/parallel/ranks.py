@@ -1,13 +1,14 @@
-"""The processes that write one checkpoint together, and how they come to the same decision.
+"""The processes of one job, how they share work that is not on tensors, and how they come to the same decision.
 
-One process needs no process group. With several, a gloo group of its own carries the decisions, because the training
-group may be NCCL and because checkpoints are written by a background thread while training communicates.
+One process needs no process group. With several, a gloo group of its own carries what they tell each other, because the
+training group may be NCCL and because checkpoints are written by a background thread while training communicates.
 """
 
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from infir2.errors import UserError
@@ -44,17 +45,17 @@ class Ranks:
 
     def each(self, work: Callable[[], T]) -> list[T]:
         """Do ``work`` on every rank. All results in rank order, or the first error raised on every rank."""
-        answers: list[Any] = [_attempt(work)]
-        if self.group is not None:
-            answers, mine = [None] * self.size, answers[0]
-            dist.all_gather_object(answers, mine, group=self.group)
+        if self.group is None:
+            return [work()]
+        answers: list[Any] = [None] * self.size
+        dist.all_gather_object(answers, _attempt(work), group=self.group)
         return [_result(answer) for answer in answers]
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
-    except (OSError, UserError) as error:
+    except (OSError, UserError, MemoryError, torch.OutOfMemoryError) as error:
         return None, error
     except Exception as error:  # Others may not survive the pickling between ranks; their text does.
         return None, RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
