@@ -16,6 +16,7 @@ from infir2.config import CptConfig, SftConfig, load
 from infir2.errors import UserError
 from infir2.launch.inference import InferenceOptions, load_engine
 from infir2.launch.memory import enough_for_training
+from infir2.parallel.device import enough_memory
 from infir2.train import step as step_module
 
 KEPT = (
@@ -56,6 +57,24 @@ def test_pretraining(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: py
     )
     assert cpt(path, "--train.activation_checkpointing", "full") == 0
     assert loss_bits(run) == loss_bits(expected)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error in: c10d/NCCLUtils.cpp:77, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+    ],
+)
+def test_memory_that_others_than_torchs_allocator_lack(words: str) -> None:
+    with (
+        pytest.raises(UserError, match="^training needs more memory than this device has: lower it"),
+        enough_memory("training", "lower it"),
+    ):
+        raise RuntimeError(words)
+    with pytest.raises(RuntimeError, match="illegal"), enough_memory("training", "lower it"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 def test_reinforcement_learning(
