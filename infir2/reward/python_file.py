@@ -71,10 +71,15 @@ def _imported_files(path: Path) -> set[Path]:
     while waiting:
         names.add(name := waiting.pop())
         beside = (path.parent / f"{name}.py", *(path.parent / name).rglob("*.py"))
-        new = {file for file in beside if file.is_file()} - found  # an editor's lock is a link to nothing
+        # What cannot be imported comes and goes: an editor's copies and locks (links to nothing), ._x.py of a Mac.
+        new = {file for file in beside if file.is_file() and _has_a_name(file.relative_to(path.parent))} - found
         found |= new
         waiting |= set().union(*map(_imported, new)) - names
     return found
+
+
+def _has_a_name(module: Path) -> bool:
+    return all(part.isidentifier() for part in module.with_suffix("").parts)
 
 
 def _imported(file: Path) -> set[str]:
