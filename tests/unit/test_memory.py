@@ -1,5 +1,6 @@
 """Too little memory in the middle of a run: one line that names the keys that help, and nothing lost."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from infir2.errors import UserError
 from infir2.launch.inference import InferenceOptions, load_engine
 from infir2.launch.memory import enough_for_training
 from infir2.parallel.device import enough_memory
+from infir2.stages.bench import _smaller
 from infir2.train import step as step_module
 
 KEPT = (
@@ -69,7 +71,7 @@ def test_pretraining(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: py
 )
 def test_memory_that_others_than_torchs_allocator_lack(words: str) -> None:
     with (
-        pytest.raises(UserError, match="^training needs more memory than this device has: lower it"),
+        pytest.raises(UserError, match=r"^training needs more memory than this device has: lower it"),
         enough_memory("training", "lower it"),
     ):
         raise RuntimeError(words)
@@ -93,6 +95,7 @@ def test_a_bench(capsys: pytest.CaptureFixture[str]) -> None:
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("infir2: error: bench gemm needs more memory than this device has: lower --length (10000000")
     assert "or take another --model (tiny) (" in line
+    assert _smaller(argparse.Namespace(batch=1, length=1, model="tiny")) == "take another --model (tiny)"
 
 
 def test_an_engine(tmp_path: Path) -> None:
