@@ -55,7 +55,10 @@ def world(replicate: int = 1) -> Iterator[World]:
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = _device(int(os.environ.get("LOCAL_RANK", "0")))
     if size % replicate:
-        raise ConfigError(f"parallel.replicate ({replicate}) does not divide the {size} process(es) of this run")
+        raise ConfigError(
+            f"parallel.replicate ({replicate}) does not divide the {size} process(es) of this run; give a divisor, "
+            "such as --parallel.replicate 1"
+        )
     if size == 1:
         yield World(0, 1, device, None)
         return
