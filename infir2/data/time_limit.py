@@ -22,8 +22,9 @@ _raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
 _raise_in.argtypes = (ctypes.c_ulong, ctypes.py_object)
 
 
-class TookTooLong(Exception):
-    """Internal: the block of ``time_limit`` had not ended."""
+class TookTooLong(BaseException):
+    """Internal: the block of ``time_limit`` had not ended. No Exception: Jinja takes any in a constant expression for a
+    sign that it is none, and goes on."""
 
 
 @contextmanager

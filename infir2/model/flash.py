@@ -1,5 +1,5 @@
-"""Attention by the flash-attn-4 package, where it is installed and the GPU is a Hopper or newer: the fastest for whole
-rows and, by far, for packed documents (docs/performance.md has the figures)."""
+"""Attention by the flash-attn-4 package, where it is installed and the GPU is a Hopper or a newer one for data centres:
+the fastest for whole rows and, by far, for packed documents (docs/performance.md has the figures)."""
 
 import functools
 import warnings
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _LARGEST_HEAD = 128
+_HOPPER, _CONSUMER_BLACKWELL = (9, 0), (12, 0)  # the latter's backward pass is not deterministic when that is asked for
 _left_out = False
 
 
@@ -27,7 +28,7 @@ def takes(q: Tensor) -> bool:
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= _LARGEST_HEAD
-        and torch.cuda.get_device_capability(q.device) >= (9, 0)
+        and _HOPPER <= torch.cuda.get_device_capability(q.device) < _CONSUMER_BLACKWELL
         and _kernels() is not None
     )
 

@@ -37,10 +37,14 @@ def fresh_memory() -> Iterator[None]:
         free_memory()
 
 
+# A CPU's allocator, CUDA and NCCL outside of torch's allocator, and cuBLAS have no class of errors for it.
+_TOO_LITTLE = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def too_little_memory(error: BaseException) -> BaseException | None:
     """The failure to get memory that an error is or follows from."""
     kinds = (torch.OutOfMemoryError, MemoryError)
-    while not (isinstance(error, kinds) or "can't allocate memory" in str(error)):  # torch's on a CPU: no class
+    while not (isinstance(error, kinds) or any(words in str(error) for words in _TOO_LITTLE)):
         if (cause := error.__cause__ or error.__context__) is None:
             return None
         error = cause

@@ -57,7 +57,10 @@ def world(replicate: int | None = 1) -> Iterator[World]:
     device = _device(int(os.environ.get("LOCAL_RANK", "0")))
     replicate = size if replicate is None else replicate
     if size % replicate:
-        raise ConfigError(f"parallel.replicate ({replicate}) does not divide the {size} process(es) of this run")
+        raise ConfigError(
+            f"parallel.replicate ({replicate}) does not divide the {size} process(es) of this run; give a divisor, "
+            "such as --parallel.replicate 1"
+        )
     if size == 1:
         yield World(0, 1, device, None)
         return

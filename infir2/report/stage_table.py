@@ -22,7 +22,7 @@ def read_stage_table(run: Path) -> dict[str, dict[str, Any]]:
             _check(name, facts)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{path}: cannot be read ({error}); mend it, or delete it: `infir2 pipeline` then runs every stage anew"
         ) from None

@@ -56,24 +56,30 @@ class PythonScorer:
 
 def digest(file: str) -> str:
     """SHA-256 of the file and of what it imports from its folder: others may give other scores."""
-    path = Path(file)
+    path = Path(file).resolve()  # a link's neighbours are not imported
     found = hashlib.sha256(path.read_bytes())
-    for beside in sorted(_files_behind(path) - {path}):
+    for beside in sorted(_imported_files(path) - {path}):
         found.update(f"{beside.relative_to(path.parent)} {hashlib.sha256(beside.read_bytes()).hexdigest()}\n".encode())
     return found.hexdigest()
 
 
-def _files_behind(path: Path) -> set[Path]:
-    """The file, the modules of its folder that it imports, and those that they import; of a package all files."""
-    found, waiting = set(), [path]
+def _imported_files(path: Path) -> set[Path]:
+    """The modules of the file's folder that it imports, and those that they import; of a package all files."""
+    found: set[Path] = set()
+    names: set[str] = set()
+    waiting = _imported(path)
     while waiting:
-        if (file := waiting.pop()) in found:
-            continue
-        found.add(file)
-        for name in _imported(file):
-            waiting += [path.parent / f"{name}.py"] * (path.parent / f"{name}.py").is_file()
-            waiting += (path.parent / name).rglob("*.py")
+        names.add(name := waiting.pop())
+        beside = (path.parent / f"{name}.py", *(path.parent / name).rglob("*.py"))
+        # What cannot be imported comes and goes: an editor's copies and locks (links to nothing), ._x.py of a Mac.
+        new = {file for file in beside if file.is_file() and _has_a_name(file.relative_to(path.parent))} - found
+        found |= new
+        waiting |= set().union(*map(_imported, new)) - names
     return found
+
+
+def _has_a_name(module: Path) -> bool:
+    return all(part.isidentifier() for part in module.with_suffix("").parts)
 
 
 def _imported(file: Path) -> set[str]:

@@ -135,8 +135,8 @@ def choose_size(args: argparse.Namespace, on_gpu: bool) -> None:
 
 def _smaller(args: argparse.Namespace) -> str:
     """What makes a bench need less memory."""
-    lower = [f"--{name} ({value})" for name in ("batch", "length") if (value := getattr(args, name)) > 1]
-    return f"lower {' or '.join(lower)}, or take another --model ({args.model})"
+    lower = [f"lower --{name} ({value})" for name in ("batch", "length") if (value := getattr(args, name)) > 1]
+    return " or ".join([*lower, f"take another --model ({args.model})"])
 
 
 def _default(name: str) -> str:

@@ -1,7 +1,8 @@
 """Continual pre-training: `infir2 cpt RECIPE [--section.key value ...]`.
 
 Run the same command again to resume. Under torchrun the same command shards the model over the processes:
-torchrun --standalone --nproc-per-node 8 -m -- infir2 cpt RECIPE. --dry-run shows what would be run.
+torchrun --standalone --nproc-per-node 8 -m -- infir2 cpt RECIPE. Where one GPU has room for all of it,
+--parallel.replicate 8 gives each the whole model, which is faster. --dry-run shows what would be run.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Fine-tuning with two torchrun processes (gloo, FSDP2) against one: the same rows and losses, one set of row files."""
+"""Fine-tuning with two torchrun processes (gloo; shards of FSDP2, or replicas) against one: the same rows and losses,
+one set of row files."""
 
 import json
 import os
@@ -39,26 +40,24 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     rows.write_text("".join(json.dumps({"prompt": "1" * n, "completion": "2" * n}) + "\n" for n in range(1, 8)))
     alone, expected = write_recipe(tmp_path, "alone", rows, model)
     assert cli.main(["sft", str(alone)]) == 0
-    path, run = write_recipe(tmp_path, "together", rows, model)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "infir2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "-m", "infir2", "sft", str(path)], capture_output=True, text=True, timeout=200, env=environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [line["valid_tokens"] for line in metrics_lines(run)] == [
-        line["valid_tokens"] for line in metrics_lines(expected)
-    ]
-    pairs = list(zip(loss_bits(run), loss_bits(expected), strict=True))
-    worst = max(abs((ours[1] or ours[3]) / (theirs[1] or theirs[3]) - 1) for ours, theirs in pairs)
-    print(f"largest relative difference of a loss {worst:.1e}")
-    assert worst < 1e-5
-    assert (run / "rows/rows.json").exists()
+    for name, copies in (("shards", "1"), ("replicas", "2")):
+        path, run = write_recipe(tmp_path, name, rows, model)
+        words = [*command, "sft", str(path), "--parallel.replicate", copies]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=200, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [line["valid_tokens"] for line in metrics_lines(run)] == [
+            line["valid_tokens"] for line in metrics_lines(expected)
+        ]
+        pairs = list(zip(loss_bits(run), loss_bits(expected), strict=True))
+        worst = max(abs((ours[1] or ours[3]) / (theirs[1] or theirs[3]) - 1) for ours, theirs in pairs)
+        print(f"{name}: largest relative difference of a loss {worst:.1e}")
+        assert worst < 1e-5
+        assert (run / "rows/rows.json").exists()
 
     rows.write_text('{"messages": []}\n')
-    done = subprocess.run(
-        [*command, "-m", "infir2", "sft", str(path)], capture_output=True, text=True, timeout=200, env=environment
-    )
+    done = subprocess.run([*command, "sft", str(path)], capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode != 0
     assert done.stderr.count("infir2: error:") == 1, done.stderr
     assert f"{rows}:1: no_messages" in done.stderr

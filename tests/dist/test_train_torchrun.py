@@ -233,7 +233,7 @@ def test_run_can_be_overridden_under_torchrun(recipe: Recipe, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"parallel.replicate": 3}, "parallel.replicate (3) does not divide the 2 process(es) of this run"),
+        ({"parallel.replicate": 3}, "parallel.replicate (3) does not divide the 2 process(es) of this run; give"),
         ({"train.global_batch": 2}, "train.global_batch (2) is not a multiple of train.micro_batch x processes (2 x 2"),
     ],
 )

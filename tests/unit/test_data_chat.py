@@ -458,6 +458,16 @@ def test_a_template_that_does_not_end_is_stopped(
         assert thread.submit(chat.prompt, [{"role": "user", "content": "?"}]).result()
 
 
+def test_a_template_cannot_spend_its_time_where_no_exception_counts(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jinja computes constants beforehand, and goes on where that raises an exception."""
+    monkeypatch.setattr(time_limit, "LIMIT_S", 1)
+    endless = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+    with pytest.raises(DataError, match="the chat template has not ended"):
+        ChatTokenizer(tokenizer, "{{ ('word ' * 6000000) | title | length }}" + endless)
+
+
 def test_prompts_are_made_by_many_threads_at_once(tokenizer: PreTrainedTokenizerBase) -> None:
     """A server's requests come together; transformers marks generation blocks for one thread at a time only."""
     chat = ChatTokenizer(tokenizer, tok.CHAT_TEMPLATE)

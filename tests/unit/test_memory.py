@@ -1,5 +1,6 @@
 """Too little memory in the middle of a run: one line that names the keys that help, and nothing lost."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from infir2.config import CptConfig, SftConfig, load
 from infir2.errors import UserError
 from infir2.launch.inference import InferenceOptions, load_engine
 from infir2.launch.memory import enough_for_training
+from infir2.parallel.device import enough_memory
+from infir2.stages.bench import _smaller
 from infir2.train import step as step_module
 
 KEPT = (
@@ -58,6 +61,24 @@ def test_pretraining(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert loss_bits(run) == loss_bits(expected)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error in: c10d/NCCLUtils.cpp:77, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+    ],
+)
+def test_memory_that_others_than_torchs_allocator_lack(words: str) -> None:
+    with (
+        pytest.raises(UserError, match=r"^training needs more memory than this device has: lower it"),
+        enough_memory("training", "lower it"),
+    ):
+        raise RuntimeError(words)
+    with pytest.raises(RuntimeError, match="illegal"), enough_memory("training", "lower it"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
 def test_reinforcement_learning(
     rl_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,6 +95,7 @@ def test_a_bench(capsys: pytest.CaptureFixture[str]) -> None:
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("infir2: error: bench gemm needs more memory than this device has: lower --length (10000000")
     assert "or take another --model (tiny) (" in line
+    assert _smaller(argparse.Namespace(batch=1, length=1, model="tiny")) == "take another --model (tiny)"
 
 
 def test_an_engine(tmp_path: Path) -> None:

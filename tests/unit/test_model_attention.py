@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from infir2.model import attention
+from infir2.model import attention, flash
 from infir2.model.attention import causal_attention, document_attention, document_mask
 from infir2.model.presets import preset
 from infir2.model.transformer import CausalLM
@@ -156,3 +156,16 @@ def test_adapter_for_each_signature(monkeypatch):
     assert attention.varlen_kernel() is None
     attention.varlen_kernel.cache_clear()
     assert calls == [{"is_causal": True}, {"window_size": (-1, 0)}, {"window_size": (-1, 0), "enable_gqa": True}]
+
+
+@pytest.mark.parametrize(
+    ("capability", "taken"), [((8, 9), False), ((9, 0), True), ((10, 0), True), ((11, 0), True), ((12, 0), False)]
+)
+def test_flash_attn_4_is_for_gpus_whose_gradients_can_repeat(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], taken: bool
+) -> None:
+    """Its backward pass refuses deterministic algorithms on consumer Blackwells, and has none before Hopper."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(flash, "_kernels", lambda: flash._Kernels(print, print))
+    query = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 64, 4, 64), device="cuda")
+    assert flash.takes(query) == taken  # type: ignore[arg-type]

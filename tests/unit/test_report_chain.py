@@ -119,6 +119,8 @@ def test_damage_is_named(chain: Path, capsys: pytest.CaptureFixture[str]) -> Non
             '{"sft": {"seconds": "a minute"}}',
             "cannot be read (stage 'sft': seconds: 'a minute' is no number",
         ),
+        ("pipeline.json", '{"sft": {"seconds": 1' + 400 * "0" + "}}", "cannot be read (int too large"),
+        ("pipeline.json", "[" * 100_000, "cannot be read (maximum recursion depth exceeded"),
         ("pipeline.json", '{"sft": {"seconds": NaN}}', "cannot be read (stage 'sft': seconds: nan is no number"),
     ):
         whole = (chain / name).read_text()

@@ -92,6 +92,14 @@ def test_the_digest_sees_what_is_imported_from_the_folder_and_nothing_else(tmp_p
     assert digest(str(tmp_path / "grader.py")) == known
     alone = tmp_path / "other.py"
     assert digest(str(alone)) == hashlib.sha256(alone.read_bytes()).hexdigest(), "as runs have it on record"
+    for link, target in (("package/.#inner.py", "me@host.1"), ("elsewhere/grader.py", tmp_path / "grader.py")):
+        (tmp_path / link).parent.mkdir(exist_ok=True)
+        (tmp_path / link).symlink_to(target)
+    for name in ("package/._inner.py", "package/.ipynb_checkpoints/inner-checkpoint.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 2")
+    assert digest(str(tmp_path / "grader.py")) == known, "what editors leave is no module"
+    assert digest(str(tmp_path / "elsewhere/grader.py")) == known, "what lies beside the file is imported, not the link"
 
 
 @pytest.mark.parametrize(
