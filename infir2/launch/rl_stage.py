@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,6 +93,7 @@ class RlStage:
         reference = None
         if config.policy.kl_coef:
             reference = reference_model(config, self.architecture, self.world, model, progress.step, metrics, ranks)
+        log = partial(SampleLog, Path(config.run), progress.step, evaluates_again=owed, enabled=self.world.is_main)
         self._progress = progress
         self._loop = RlLoop(
             config=config,
@@ -103,10 +105,11 @@ class RlStage:
             attention_for=self._attention_for,
             reference=reference,
             metrics=metrics,
-            samples=SampleLog(Path(config.run), progress.step, evaluates_again=owed, enabled=self.world.is_main),
+            samples=ranks.each(log)[ranks.rank],  # where the file cannot be written, all end
         )
         if owed:
-            metrics.log(progress.step, self._loop.evaluate(progress.step), kind="eval")
+            held_out = self._loop.evaluate(progress.step)
+            ranks.lead(lambda: metrics.log(progress.step, held_out, kind="eval"))
 
     def _attention_for(self, batch: Batch) -> Callable:
         return document_attention(batch, getattr(torch, self.config.model.dtype))
