@@ -12,6 +12,7 @@ from infir2.config import RlConfig
 from infir2.data.chat import ChatTokenizer
 from infir2.data.prompts import PromptSet, order_fingerprint
 from infir2.data.tokenizer import load_tokenizer
+from infir2.errors import DataError
 from infir2.launch.rl_reference import reference_model
 from infir2.launch.run_folder import keep_tokenizer
 from infir2.launch.stage_data import StageData
@@ -76,6 +77,8 @@ class RlStage:
     def _begin(self, model: CausalLM, progress: TrainState, metrics: MetricsWriter) -> None:
         """Make engine, collector and loop; evaluate before the first step of a run, or what a signal cut short."""
         config, ranks = self.config, Ranks(_PATIENCE)
+        if len(set(ranks.each(lambda: tuple(prompts.sha256() for prompts in self.data)))) > 1:
+            raise DataError("data: the processes have read different prompts; give every host the same files")
         tokenizer = load_tokenizer(self.tokenizer)
         engine = Engine(model, tokenizer, engine_options(config), weight_version=progress.step)
         stop_ids = {i for i in (self.chat.end_of_turn(), tokenizer.eos_token_id) if i is not None}

@@ -20,6 +20,7 @@ import pytest
 
 from infir2 import cli
 from infir2.checkpoint.store import CheckpointStore
+from infir2.data import prompts
 from infir2.errors import CheckpointError, UserError
 from infir2.rl.collect import Collector
 from infir2.rl.samples import SampleLog
@@ -52,6 +53,17 @@ def odd_reward(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Collector, "_shaped", reward_of_rank_1)
 
 
+def other_prompts(patch: pytest.MonkeyPatch) -> None:
+    """Rank 1's host has another copy of the file."""
+    true = prompts.read_prompts
+
+    def read(*args: Any) -> prompts.PromptSet:
+        found = true(*args)
+        return prompts.PromptSet(found.prompts[RANK:], found.counts)
+
+    patch.setattr(prompts, "read_prompts", read)
+
+
 def save_that_fails_in_an_evaluation(patch: pytest.MonkeyPatch) -> None:
     """The background save of step 2 fails in the evaluation after step 4, and rank 0 sees it first."""
     evaluates = threading.Event()
@@ -75,6 +87,7 @@ def save_that_fails_in_an_evaluation(patch: pytest.MonkeyPatch) -> None:
 
 
 FAILURES = {
+    "prompts": other_prompts,
     "samples at the start": full_disk(SampleLog, "__init__", lambda *_: True),
     "evaluation at the start": full_disk(MetricsWriter, "log", lambda step, *_: step == 0),
     "samples": full_disk(SampleLog, "write", lambda step, kind, _: (step, kind) == (3, "train")),

@@ -27,6 +27,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
+        ("prompts", "data: the processes have read different prompts; give every host the same files"),
         ("samples at the start", "the disk is full"),
         ("evaluation at the start", "the disk is full"),
         ("samples", "the disk is full"),
