@@ -22,6 +22,7 @@ from infir2 import cli
 from infir2.checkpoint.store import CheckpointStore
 from infir2.data import prompts
 from infir2.errors import CheckpointError, UserError
+from infir2.launch import rl_reference
 from infir2.rl.collect import Collector
 from infir2.rl.samples import SampleLog
 from infir2.train.metrics import MetricsWriter
@@ -29,7 +30,7 @@ from infir2.train.metrics import MetricsWriter
 RANK = int(os.environ["RANK"])
 
 
-def full_disk(owner: type, method: str, when: Callable[..., bool]) -> Callable[[pytest.MonkeyPatch], None]:
+def full_disk(owner: Any, method: str, when: Callable[..., bool]) -> Callable[[pytest.MonkeyPatch], None]:
     """Rank 0 cannot write what ``when`` is true of."""
     true = getattr(owner, method)
 
@@ -88,6 +89,7 @@ def save_that_fails_in_an_evaluation(patch: pytest.MonkeyPatch) -> None:
 
 FAILURES = {
     "prompts": other_prompts,
+    "reference": full_disk(rl_reference, "write_reference", lambda *_: True),
     "samples at the start": full_disk(SampleLog, "__init__", lambda *_: True),
     "evaluation at the start": full_disk(MetricsWriter, "log", lambda step, *_: step == 0),
     "samples": full_disk(SampleLog, "write", lambda step, kind, _: (step, kind) == (3, "train")),

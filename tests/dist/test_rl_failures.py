@@ -18,6 +18,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     policy = small_rl.write_policy(out / "policy" / "hf", steps=0)
     prompts = small_rl.write_prompts(out / "prompts.jsonl")
     settings = {"train.steps": 6, "train.global_batch": 16, "train.eval_every": 4, "rollout.max_new_tokens": 4}
+    settings["policy.kl_coef"] = 0.01
     path = small_rl.write_rl_recipe(out / "run.toml", out / "run", policy, prompts, **settings)
     together(str(Path(__file__).with_name("failing_rl_worker.py")), str(path), str(out))
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
@@ -28,6 +29,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     ("failure", "message"),
     [
         ("prompts", "data: the processes have read different prompts; give every host the same files"),
+        ("reference", "the disk is full"),
         ("samples at the start", "the disk is full"),
         ("evaluation at the start", "the disk is full"),
         ("samples", "the disk is full"),
