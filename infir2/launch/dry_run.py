@@ -80,7 +80,9 @@ def estimate_memory(config: TrainingConfig, model: CausalLM, world_size: int, to
 
     States are exact, and what layers keep is counted; their backward pass and the head's work are rough.
     """
-    parameters, shards = model.config.num_parameters(), world_size // config.parallel.replicate
+    # Reinforcement learning has replicas alone, whatever the recipe says.
+    shards = 1 if isinstance(config, RlConfig) else world_size // config.parallel.replicate
+    parameters = model.config.num_parameters()
     train = config.train
     one_batch = isinstance(train, TrainSection) and train.global_batch <= train.micro_batch * world_size
     moments = config.optim.moments

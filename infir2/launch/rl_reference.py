@@ -48,8 +48,7 @@ def reference_model(
     if step == 0 and found != weights_checksum(model, codes=False):
         raise CheckpointError(f"{named}: other weights were put there while the run started; start it again")
     if known is None:
-        if world.is_main:
-            write_reference(run, Reference(named, path, found))
+        ranks.lead(lambda: write_reference(run, Reference(named, path, found)))
         metrics.event(step, "reference", **{"from": path or named})
     return reference
 

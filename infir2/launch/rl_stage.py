@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from infir2.config import RlConfig
 from infir2.data.chat import ChatTokenizer
 from infir2.data.prompts import PromptSet, order_fingerprint
 from infir2.data.tokenizer import load_tokenizer
+from infir2.errors import DataError
 from infir2.launch.rl_reference import reference_model
 from infir2.launch.run_folder import keep_tokenizer
 from infir2.launch.stage_data import StageData
@@ -75,6 +77,8 @@ class RlStage:
     def _begin(self, model: CausalLM, progress: TrainState, metrics: MetricsWriter) -> None:
         """Make engine, collector and loop; evaluate before the first step of a run, or what a signal cut short."""
         config, ranks = self.config, Ranks(_PATIENCE)
+        if len(set(ranks.each(lambda: tuple(prompts.sha256() for prompts in self.data)))) > 1:
+            raise DataError("data: the processes have read different prompts; give every host the same files")
         tokenizer = load_tokenizer(self.tokenizer)
         engine = Engine(model, tokenizer, engine_options(config), weight_version=progress.step)
         stop_ids = {i for i in (self.chat.end_of_turn(), tokenizer.eos_token_id) if i is not None}
@@ -92,6 +96,7 @@ class RlStage:
         reference = None
         if config.policy.kl_coef:
             reference = reference_model(config, self.architecture, self.world, model, progress.step, metrics, ranks)
+        log = partial(SampleLog, Path(config.run), progress.step, evaluates_again=owed, enabled=self.world.is_main)
         self._progress = progress
         self._loop = RlLoop(
             config=config,
@@ -103,10 +108,11 @@ class RlStage:
             attention_for=self._attention_for,
             reference=reference,
             metrics=metrics,
-            samples=SampleLog(Path(config.run), progress.step, evaluates_again=owed, enabled=self.world.is_main),
+            samples=ranks.each(log)[ranks.rank],  # where the file cannot be written, all end
         )
         if owed:
-            metrics.log(progress.step, self._loop.evaluate(progress.step), kind="eval")
+            held_out = self._loop.evaluate(progress.step)
+            ranks.lead(lambda: metrics.log(progress.step, held_out, kind="eval"))
 
     def _attention_for(self, batch: Batch) -> Callable:
         return document_attention(batch, getattr(torch, self.config.model.dtype))

@@ -48,7 +48,9 @@ class Ranks:
         if self.group is None:
             return [work()]
         answers: list[Any] = [None] * self.size
-        dist.all_gather_object(answers, _attempt(work), group=self.group)
+        mine = _attempt(work)
+        dist.all_gather_object(answers, mine, group=self.group)
+        answers[self.rank] = mine  # as it was before the pickling, which loses an error's traceback
         return [_result(answer) for answer in answers]
 
 

@@ -66,9 +66,9 @@ class RlLoop:
                 rollout = self._sample(step - 1, interrupted)
             except Interrupted:
                 return
-            self.samples.write(step, "train", rollout.kept[:SHOWN])
+            self.collector.ranks.lead(partial(self._write_down, step, rollout))
             shares = self._training_batches(rollout)
-            self._describe(step, rollout)
+            self._values = self._describe(step, rollout)
             for share in shares:
                 self._handed_out = time.perf_counter()
                 yield share
@@ -110,7 +110,7 @@ class RlLoop:
             return {}
         finally:
             self.engine.sleep()
-        self.samples.write(step, "eval", groups[:SHOWN])
+        self.collector.ranks.lead(lambda: self.samples.write(step, "eval", groups[:SHOWN]))
         return {
             "eval_reward": fmean(score.value for group in groups for score in group.scores),
             **{f"eval_{name}": value for name, value in _lengths(groups).items()},
@@ -153,25 +153,29 @@ class RlLoop:
         rollout.seconds["logprob_s"] += time.perf_counter() - began
         return shares
 
-    def _describe(self, step: int, rollout: Rollout) -> None:
-        """Put the rollout's numbers aside for the metrics."""
+    def _write_down(self, step: int, rollout: Rollout) -> None:
+        """A few samples, and an event where none of them teaches anything: what may fail, for want of room."""
+        self.samples.write(step, "train", rollout.kept[:SHOWN])
+        if not any(group.has_spread for group in rollout.sampled):
+            groups = len(rollout.sampled)
+            self.metrics.event(step, "no_spread", groups=groups, meaning="no group has scores that differ")
+
+    def _describe(self, step: int, rollout: Rollout) -> dict[str, float]:
+        """The rollout's numbers, for the metrics."""
         groups = rollout.sampled
-        spread = sum(group.has_spread for group in groups)
         tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
         versions = {version for group in groups for c in group.completions for version in c.versions}
-        self._values = {
+        return {
             "reward": fmean(reward for group in groups for reward in group.rewards),
             "accuracy": fmean(score.value for group in groups for score in group.scores),
             **_lengths(groups),
             "sampled_groups": len(groups),
             "kept_groups": len(rollout.kept),
-            "groups_with_spread": spread,
+            "groups_with_spread": sum(group.has_spread for group in groups),
             "rollout_tokens_per_s": tokens / rollout.seconds["rollout_s"],
             "version_lag": step - 1 - min(versions),
             **{name: rollout.seconds[name] for name in ("rollout_s", "reward_s", "logprob_s", "sync_s")},
         }
-        if not spread:
-            self.metrics.event(step, "no_spread", groups=len(groups), meaning="no group has scores that differ")
 
 
 def training_samples(group: Group, config: RlConfig) -> list[TrainingSample]:

@@ -173,6 +173,8 @@ def _advance(progress: TrainState, result: StepResult) -> None:
 def _evaluate(callbacks: Callbacks, step: int, last: bool, interrupt: Interrupt, metrics: MetricsWriter) -> None:
     # Behind the last step nothing would make up for an evaluation that was given up.
     held_out = callbacks.evaluate((lambda: None) if last else interrupt.noticed)
+    if not held_out:
+        interrupt.check()  # given up for a failure, it ends here on every rank, not on one of them in the next save
     with interrupt.deferring():
         if held_out:
             metrics.log(step, held_out, kind="eval")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from infir2 import cli
-from infir2.config import CptConfig
+from infir2.config import CptConfig, RlConfig
 from infir2.launch.dry_run import GIB, Memory, estimate_memory
 from infir2.launch.kept_activations import kept_by_layers
 from infir2.launch.model import convert_as
@@ -184,6 +184,16 @@ def test_reinforcement_learning_tells_of_its_reference_and_that_its_tokens_are_a
     gigabytes = dict(re.findall(r"^  (.+?) +([\d.]+) GiB$", told, re.MULTILINE))
     masters, codes = (float(gigabytes[name]) for name in ("master weights (float32)", "FP8 weights"))
     assert float(gigabytes["reference of the KL term"]) == pytest.approx(masters + codes, abs=0.02)
+
+
+def test_each_process_of_reinforcement_learning_holds_the_whole_model() -> None:
+    table = {"run": "x", "model": {"preset": "tiny"}, "data": {"train": "a"}, "optim": {"lr": 1e-4}}
+    table |= {"train": {"steps": 1, "global_batch": 2048, "eval_every": 0}}
+    config = RlConfig.model_validate(table)
+    with torch.device("meta"):
+        model = CausalLM(preset("tiny"))
+    one, two = (estimate_memory(config, model, size, 8192) for size in (1, 2))
+    assert one == two
 
 
 @pytest.mark.parametrize(("command", "start"), [("rl", "model"), ("sft", "model"), ("rl", "checkpoint")])
