@@ -70,7 +70,7 @@ class RewardSection(Section):
     limit_s: PositiveFloat = 5.0
     """Seconds one answer may take to score (code: one program); then it earns nothing."""
     workers: Count = 0
-    """Processes that score; 0 = by the number of cores."""
+    """Processes that score, under torchrun for each of its processes; 0 = by the number of cores."""
     overlong_buffer: Count = 0
     """DAPO's soft penalty: over the last so many tokens before rollout.max_new_tokens it falls to -1; 0 = none."""
 
